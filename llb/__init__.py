@@ -1,0 +1,28 @@
+"""Label-focused Latent-object Biasing (LLB, ICLR 2024): study, train and extend it.
+
+Public names are imported when first used, so that `import llb` and `llb --help` are instant.
+"""
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load_backbone": "backbones",
+    "LLB": "model",
+    "LLBLoss": "model",
+    "LLBOutput": "model",
+    "Config": "config",
+    "load_data": "data",
+    "Trainer": "trainer",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'llb' has no attribute {name!r}; it offers {', '.join(_HOME)}")
+    return getattr(import_module(f"llb.{_HOME[name]}"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_HOME])
