@@ -80,9 +80,12 @@ class LLBHead(nn.Module):
         for part in (self.visual_block, self.label_blocks, self.head): part.apply(init_weights_vit_timm)
         if self.visual_head is not None: nn.init.zeros_(self.visual_head.weight)
 
+    def visual_patches(self, features:BackboneOutput)->Tensor: # [B,N,D]
+        "The patches as the visual block sees them; objects are assigned from these."
+        return self.visual_block(features.tokens.to(self.dtype))[:, features.num_prefix:]
+
     def forward(self, features:BackboneOutput)->LLBOutput:
-        patches = self.visual_block(features.tokens.to(self.dtype))[:, features.num_prefix:]
-        decoupled, assignments = self.objects(patches)
+        decoupled, assignments = self.objects(self.visual_patches(features))
         x = torch.cat([self.cls_token.expand(len(decoupled), -1, -1).to(decoupled.dtype), decoupled], 1)
         label_logits = self.head(self.norm(self.label_blocks(x))[:, 0])
         return LLBOutput(self.visual_logits(features), label_logits, assignments, features.grid, self.alpha)

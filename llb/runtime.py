@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['InputError', 'Runtime', 'pick_device', 'start_runtime', 'world_size', 'sum_over_ranks', 'any_rank', 'gather_objects',
-           'barrier', 'seed_from', 'seeded', 'is_interactive', 'progress', 'say']
+           'barrier', 'on_main', 'StopFlag', 'seed_from', 'seeded', 'is_interactive', 'progress', 'say']
 
-# %% ../nbs/00_runtime.ipynb #2aaec0d8
-import hashlib, os, random, sys
+# %% ../nbs/00_runtime.ipynb #92f39f37
+import hashlib, os, random, signal, sys, threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -89,10 +90,10 @@ def sum_over_ranks(
     return x
 
 def any_rank(
-    flag:bool
-)->bool: # whether the flag is up on at least one process
-    "Agree on a flag: every process returns the same answer. Runs on the CPU, so it never waits for a GPU."
-    return bool(sum_over_ranks(torch.tensor(int(flag))).item())
+    *flags:bool
+)->list[bool]: # for each flag, whether it is up on at least one process
+    "Agree on flags: every process returns the same answer. Runs on the CPU, so it never waits for a GPU."
+    return [n > 0 for n in sum_over_ranks(torch.tensor(flags, dtype=torch.int)).tolist()]
 
 def gather_objects(
     item # anything picklable, made by this program
@@ -107,6 +108,40 @@ def gather_objects(
 def barrier():
     "Wait until every process is here."
     if dist.is_initialized(): dist.barrier()
+
+def on_main(
+    task:Callable # takes nothing; returns something picklable
+):
+    "Do something on the main process; every process gets its result, or its `InputError`."
+    result = error = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try: result = task()
+        except InputError as e: error = e
+    result, error = gather_objects((result, error))[0]
+    if error: raise error
+    return result
+
+# %% ../nbs/00_runtime.ipynb #2e3fa311
+class StopFlag:
+    "While active, remembers that someone asked the program to stop."
+    def __init__(self,
+        file:str|os.PathLike|None=None # a file whose existence asks for the same
+    ):
+        self.file, self.reason, self._before = file, None, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for s in (signal.SIGINT, signal.SIGTERM): self._before[s] = signal.signal(s, self._raise)
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self._before.items(): signal.signal(s, handler)
+
+    def _raise(self, number, frame): self.reason = self.reason or signal.Signals(number).name
+
+    def __bool__(self):
+        if self.file and not self.reason and os.path.exists(self.file): self.reason = "stop file"
+        return self.reason is not None
 
 # %% ../nbs/00_runtime.ipynb #4364cec3
 def seed_from(
