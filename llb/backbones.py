@@ -171,29 +171,28 @@ def _stored_size(
 )->tuple[int,int]: # the size its positions were stored for; the architecture's own when it stores none
     "The image size a file was saved at. Raises `InputError` when its positions fit no picture."
     patch = int(trunk.feature_info[-1]["reduction"])
+    h, w = (side // patch for side in asked or (0, 0))
     if (positions := state.get("pos_embed")) is not None:
         count = positions.shape[1] - (0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens)
-        if asked and count == (asked[0] // patch) * (asked[1] // patch): return asked
         side = math.isqrt(max(count, 0))
-        if not count or side * side != count:
-            raise InputError(f"The weights hold {count} patch positions, which are no square; say their size with image_size=(height, width).")
-        return (side * patch,) * 2
+        if side and side * side == count: return (side * patch,) * 2
+        if asked and count == h * w: return asked
+        raise InputError(f"The weights hold {count} patch positions, which are no square; say their size with image_size=(height, width).")
     for table in (v for k, v in state.items() if k.endswith("relative_position_bias_table")):   # [(2h-1)(2w-1) + 0 or 3, H]
         for extra in 0, 3:
             side = math.isqrt(len(table) - extra)
             if side * side == len(table) - extra and side % 2: return ((side + 1) // 2 * patch,) * 2
+            if asked and len(table) == (2*h - 1) * (2*w - 1) + extra: return asked
     return _default_size(trunk)
 
-def _resize(trunk:nn.Module, size:tuple[int,int], resampling:dict)->bool: # whether the grid changed
-    "Bring a filled trunk to another size, its position embeddings by the rule of their family."
-    old, positions = _default_size(trunk), getattr(trunk, "pos_embed", None)
-    if old == size: return False
-    positions, grid = None if positions is None else positions.detach().clone(), trunk.patch_embed.grid_size
-    trunk.set_input_size(size)
+def _resize(trunk:nn.Module, size:tuple[int,int], resampling:dict):
+    "Bring a filled trunk to another size, its position embeddings by the rule of their family; timm's, where `resampling` is empty."
+    if _default_size(trunk) == size: return
+    positions, grid = getattr(trunk, "pos_embed", None), trunk.patch_embed.grid_size
+    trunk.set_input_size(size)   # gives the trunk a new parameter; the old one stays as it was
     if resampling and positions is not None:
         prefix = 0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens
-        trunk.pos_embed.data = resample_abs_pos_embed(positions, trunk.patch_embed.grid_size, grid, prefix, **resampling)
-    return True
+        trunk.pos_embed.data = resample_abs_pos_embed(positions.detach(), trunk.patch_embed.grid_size, grid, prefix, **resampling)
 
 # %% ../nbs/02_backbones.ipynb #a5096ba0
 @lru_cache(maxsize=16)

@@ -19,7 +19,7 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, softmax
 
-from .backbones import Backbone, BackboneOutput, load_backbone
+from .backbones import Backbone, BackboneOutput, backbone_from_state, load_backbone
 from .objects import LatentObjects, at_least_float32, entropy
 from .runtime import InputError, sum_over_ranks, world_size
 
@@ -107,11 +107,16 @@ def describe_trunk(backbone:Backbone)->dict: # JSON-able
 
 def read_trunk(
     trunk:dict,           # as `describe_trunk` gives it
-    folder:Path|None=None # where a random trunk was stored
+    folder:Path|None=None # where a trunk was stored that cannot be found again
 )->Backbone:
     "Load the trunk that a saved model or checkpoint names. Raises `InputError` when it is not the same."
-    backbone = load_backbone(**trunk["spec"])
-    if folder and (folder / TRUNK_FILE).exists(): backbone.trunk.load_state_dict(load_file(folder / TRUNK_FILE))
+    spec, stored = trunk["spec"], load_file(folder / TRUNK_FILE) if folder and (folder / TRUNK_FILE).exists() else None
+    if "num_heads" in spec:
+        if stored is None: raise InputError(f"The trunk {spec['name']} exists in no file but {TRUNK_FILE}, which is missing; pass backbone=.")
+        backbone = backbone_from_state(stored, **spec)
+    else:
+        backbone = load_backbone(**spec)
+        if stored: backbone.trunk.load_state_dict(stored)
     if (found := backbone.content_hash()) != trunk["content_hash"]:
         raise InputError(f"The trunk {backbone.name} now has content {found}, but this model was trained on {trunk['content_hash']} "
                          f"({trunk['source']}); pass backbone= with the original weights.")
@@ -124,7 +129,7 @@ class Storage(ModelHubMixin, library_name="llb", tags=["latent-objects"]):
         config = {"trunk": describe_trunk(self.backbone), "model": self.settings}
         (save_directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         save_file(self.head.state_dict(), save_directory / WEIGHTS_FILE)
-        if self.backbone.source == "random": save_file(self.backbone.trunk.state_dict(), save_directory / TRUNK_FILE)
+        if not self.backbone.reloadable: save_file(self.backbone.trunk.state_dict(), save_directory / TRUNK_FILE)
 
     @classmethod
     def _from_pretrained(cls, *, model_id:str, backbone:Backbone|None=None, revision=None, cache_dir=None,

@@ -1,0 +1,47 @@
+# Every target prepares what it needs. Start with `make help`.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} MPLBACKEND=agg
+DEMO ?= runs/demo
+
+.PHONY: help demo test check lab export notebooks clean-env
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv (once; PyTorch is large) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+demo: .venv/.ready ## train on the bundled pictures with two processes, then draw the results
+	@$(BIN)/llb fetch
+	$(RUN) torchrun --standalone --nproc_per_node=2 -m llb.train --recipe demo --save_dir $(dir $(DEMO)) --name $(notdir $(DEMO)) --overwrite
+	@$(BIN)/llb report $(DEMO)
+
+check: .venv/.ready ## the fast checks, before a commit: notebooks and package agree, style, quick tests
+	@before=$$(mktemp -d) && cp -r nbs llb $$before && $(RUN) nbdev_clean && $(RUN) nbdev_export && \
+	diff -r -x __pycache__ $$before/nbs nbs && diff -r -x __pycache__ $$before/llb llb && rm -r $$before && echo "nbs and llb agree"
+	@$(BIN)/ruff check .
+	@$(RUN) pytest -m "not slow"
+
+test: check ## everything that can be tested on a CPU
+	@$(BIN)/llb fetch
+	@$(RUN) nbdev_test --n_workers 2 --do_print --timing
+	@$(RUN) pytest -m slow
+
+lab: .venv/.ready ## JupyterLab on the quickstart
+	@$(BIN)/llb fetch
+	@$(BIN)/jupyter lab nbs/guides/quickstart.ipynb
+
+export: .venv/.ready ## write llb/*.py from the notebooks
+	@$(RUN) nbdev_clean && $(RUN) nbdev_export
+
+notebooks: .venv/.ready ## run all notebooks and store their outputs
+	@for nb in nbs/*.ipynb nbs/guides/*.ipynb; do $(RUN) jupyter nbconvert --to notebook --execute --inplace --log-level WARN $$nb || exit 1; done
+	@$(RUN) nbdev_clean
+
+clean-env: ## delete the environment
+	@rm -rf .venv

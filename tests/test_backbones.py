@@ -1,0 +1,162 @@
+"""One contract for every trunk, the release's method names, and what is refused."""
+import os
+import urllib.error
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from llb.backbones import FOCUS_NAME, load_backbone
+from llb.methods import METHODS
+from llb.runtime import InputError
+
+# name, prefix tokens, patch: class token, none, registers only, both, distillation token, rotary and relative positions, CNN stem, parallel blocks
+FAMILIES = [
+    ("vit_tiny_patch16_224", 1, 16), ("deit_tiny_distilled_patch16_224", 2, 16), ("deit3_small_patch16_224", 1, 16), ("flexivit_small", 1, 16),
+    ("test_vit", 1, 16), ("test_vit3", 1, 16), ("vit_small_patch14_dinov2", 1, 14), ("vit_small_patch14_reg4_dinov2", 5, 14),
+    ("vit_small_patch16_dinov3", 5, 16), ("vit_wee_patch16_reg1_gap_256", 1, 16), ("vit_little_patch16_reg4_gap_256", 4, 16),
+    ("vit_base_patch16_siglip_224", 0, 16), ("vit_base_patch32_clip_224", 1, 32), ("eva02_tiny_patch14_336", 1, 14), ("beit_base_patch16_224", 1, 16),
+    ("vit_relpos_small_patch16_224", 0, 16), ("vit_relpos_base_patch16_cls_224", 1, 16), ("vit_small_patch16_rope_mixed_224", 1, 16),
+    ("vit_pe_core_tiny_patch16_384", 1, 16), ("vit_tiny_r_s16_p8_224", 1, 32), ("vit_pwee_patch16_reg1_gap_256", 1, 16),
+]
+LARGE = {"vit_base_patch16_siglip_224", "vit_base_patch32_clip_224", "vit_relpos_base_patch16_cls_224"}   # too slow to write to disk
+REFUSED = ["resnet50", "swin_tiny_patch4_window7_224", "mixer_s32_224", "cait_xxs24_224", "xcit_nano_12_p16_224", "convit_tiny", "volo_d1_224",
+           "crossvit_tiny_240", "tnt_s_patch16_224", "samvit_base_patch16", "hiera_tiny_224", "pit_ti_224", "naflexvit_base_patch16_gap"]
+
+
+@pytest.mark.parametrize("name,prefix,patch", FAMILIES, ids=[f[0] for f in FAMILIES])
+def test_contract(name, prefix, patch, tmp_path):
+    height, width = size = 3 * patch, 2 * patch
+    b = load_backbone(name, pretrained=False, image_size=size)
+    images, layer = torch.randn(2, 3, *size), b.depth - 1
+    seen = []
+    hook = b.trunk.blocks[layer - 1].register_forward_hook(lambda m, i, o: seen.append(o))
+    out = b(images, layer)
+    hook.remove()
+    assert b.grid == out.grid == (3, 2) and out.num_prefix == b.num_prefix == prefix
+    assert out.tokens.shape == (2, prefix + 6, b.dim) and out.patches.shape[1] == 6
+    assert torch.equal(out.tokens, seen[0])                       # exactly the block's output, prefix tokens first
+    assert out.visual_features.shape == (2, b.num_features)
+    if b.num_classes:
+        assert torch.equal(out.visual_logits, b.trunk(images))
+    else:
+        assert out.visual_logits is None
+    early = b(images, layer, visual=False)
+    assert torch.equal(early.tokens, out.tokens) and early.visual_features is None and not early.tokens.requires_grad
+
+    if name in LARGE:
+        return
+    # a file of this trunk gives the same trunk, also at another size and for another number of classes
+    save_file(b.trunk.state_dict(), tmp_path / "trunk.safetensors")
+    again = load_backbone(name, checkpoint=tmp_path / "trunk.safetensors", image_size=size)
+    assert torch.equal(again(images, layer).tokens, out.tokens) and again.content_hash() == b.content_hash()
+    other = load_backbone(name, checkpoint=tmp_path / "trunk.safetensors", image_size=size[::-1], num_classes=17)
+    assert other.grid == (2, 3) and other.num_classes in (0, 17)
+    assert other(torch.randn(1, 3, width, height), layer).patches.shape == (1, 6, b.dim)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    with pytest.raises(InputError, match="not a plain token ViT"):
+        load_backbone(name, pretrained=False)
+
+
+@pytest.mark.parametrize("kwargs,words", [
+    (dict(name="vit_bas_patch16_224"), "vit_base_patch16_224"),
+    (dict(name="mae_in1k_ft_in1q/Base"), "mae_in1k_ft_in1k"),
+    (dict(name="timm_augreg_in21k_ft_in1k/Huge"), "Tiny, Small, Base, Large"),
+    (dict(name="mae_in1k_ft_plc365/Base"), "llb train --objective visual --method mae_in1k_ft_in1k --vit_size Base --dataset Places365"),
+    (dict(name="swag_ig_ft_inat18/large"), "llb train --objective visual --method swag_ig_ft_in1k --vit_size Large --dataset iNat18"),
+    (dict(name="vit_tiny_patch16_224", image_size=225), "224 x 224"),
+    (dict(name="vit_tiny_patch16_224", image_size=8), "16 x 16"),
+    (dict(name="vit_tiny_patch16_224", checkpoint="nowhere.pth"), "nowhere.pth"),
+    (dict(name="vit_dlittle_patch16_reg1_gap_nope"), "Near matches"),
+    (dict(name="test_vit5"), "Near matches"),
+])
+def test_wrong_input(kwargs, words):
+    with pytest.raises(InputError) as error:
+        load_backbone(**kwargs)
+    assert words in str(error.value)
+
+
+def test_no_hub(monkeypatch, tmp_path):
+    """Without a network the message says what to do instead, and nothing stays behind in the cache."""
+    real = timm.create_model
+
+    def offline(*args, pretrained=False, **kwargs):
+        if pretrained:
+            raise OSError("no network")
+        return real(*args, **kwargs)
+
+    def no_host(*_, **__):
+        raise urllib.error.URLError("no host")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_host)
+    monkeypatch.setenv("LLB_CACHE", str(tmp_path))
+    for name in "timm_augreg_in21k_ft_in1k/tiny", "vit_tiny_patch16_224", "mae_in1k_ft_in1k", "swag_ig_ft_in1k":
+        with pytest.raises(InputError, match="could not be fetched.*checkpoint="):
+            load_backbone(name)
+    assert not os.listdir(tmp_path)
+
+
+def test_hub_arguments(monkeypatch, capsys):
+    """The hub is asked for the tag the paper used, and for no head where the class count differs."""
+    asked, real = {}, timm.create_model
+
+    def hub(name, pretrained=False, **kwargs):
+        if pretrained:
+            asked.update(name=name, **kwargs)
+        return real(name, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", hub)
+    b = load_backbone("timm_augreg_in21k_ft_in1k/TINY", num_classes=365, image_size=32)
+    assert asked == dict(name="vit_tiny_patch16_224.augreg_in21k_ft_in1k", num_classes=0, img_size=(32, 32))
+    assert "1000 classes, not 365" in capsys.readouterr().err and "resampled" in b.source and b.reloadable
+    assert b.spec["name"] == "timm_augreg_in21k_ft_in1k/Tiny" and b.preprocessing.mean == (.5, .5, .5)
+
+
+# ---- the release's methods ----
+
+COUNTS = {"augreg/Tiny": 5717416, "augreg/Small": 22050664, "augreg/Base": 86567656, "augreg/Large": 304326632,   # with 1000 classes, as published
+          "mae/Base": 86567656, "mae/Large": 304326632, "mae/Huge": 632045800,
+          "swag/Base": 86859496, "swag/Large": 305174504, "swag/Huge": 633470440}
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_methods(key):
+    method = METHODS[key]
+    with torch.device("meta"):
+        b = load_backbone(key.upper(), pretrained=False)
+    classes = {"in1k": 1000, "plc365": 365, "inat18": 8142}[method.name.rsplit("_", 1)[1]]
+    head = (b.dim + 1) * (classes - 1000)
+    assert sum(p.numel() for p in b.trunk.parameters()) == COUNTS[f"{method.family}/{method.size}"] + head
+    assert b.num_classes == classes and b.name == key and b.source == "random" and not b.reloadable
+    sizes = {"Base": 384, "Large": 512, "Huge": 518} if method.family == "swag" else {}
+    assert b.image_size == (sizes.get(method.size, 224),) * 2
+    assert (b.trunk.global_pool == "avg") == (method.family == "mae") == isinstance(b.trunk.fc_norm, torch.nn.LayerNorm)
+    p = b.preprocessing
+    assert (p.mean, p.std, p.crop_pct, p.interpolation) == {
+        "augreg": ((.5,) * 3, (.5,) * 3, .9, "bicubic"), "mae": ((.485, .456, .406), (.229, .224, .225), .875, "bicubic"),
+        "swag": ((.485, .456, .406), (.229, .224, .225), 1.0, "bicubic")}[method.family]
+
+
+def test_seven_methods():
+    assert {m.name for m in METHODS.values()} == {
+        "timm_augreg_in21k_ft_in1k", "mae_in1k_ft_in1k", "mae_in1k_ft_plc365", "mae_in1k_ft_inat18", "swag_ig_ft_in1k", "swag_ig_ft_plc365",
+        "swag_ig_ft_inat18"}
+    assert all((m.address is None) == (not m.name.endswith("in1k")) for m in METHODS.values())
+
+
+def test_class_number_wins_over_the_method():
+    with torch.device("meta"):
+        assert load_backbone("mae_in1k_ft_plc365", pretrained=False, num_classes=12).num_classes == 12
+
+
+@pytest.mark.parametrize("name,sizes", [("vit_tiny_patch16_224", (224, 384, 512)), ("vit_huge_patch14_224", (224, 518)), (FOCUS_NAME, (224, 518))])
+def test_sizes(name, sizes):
+    for size in sizes:
+        with torch.device("meta"):
+            b = load_backbone(name, pretrained=False, image_size=size)
+        assert b.grid == (size // b.patch_size,) * 2
