@@ -23,7 +23,6 @@ import io
 import os
 import re
 import shutil
-import sys
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
@@ -513,7 +512,7 @@ def readme(pictures: Sequence[Picture], dropped: Counter[str], size: int) -> str
     for picture in pictures:
         labels[picture.group].add(picture.label)
     several = [n for n in sizes.values() if n > 1]
-    folders = ("* %s: %s" % (c, ", ".join(f"`{f}`" for f in fs)) for c, fs in CATEGORIES.items())
+    folders = (f"* {c}: {', '.join(f'`{f}`' for f in fs)}" for c, fs in CATEGORIES.items())
     rows = [[text, dropped[key]] for key, text in REASONS.items()]
     return README.format(
         total=len(pictures), classes=len(CATEGORIES), size=size, package=PACKAGE,

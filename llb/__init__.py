@@ -13,6 +13,8 @@ _HOME = {
     "LLBOutput": "model",
     "Config": "config",
     "load_data": "data",
+    "load_reference_checkpoint": "release",
+    "to_reference_state_dict": "release",
     "Trainer": "trainer",
 }
 __all__ = list(_HOME)

@@ -10,7 +10,6 @@ __all__ = ['STATE_FILES', 'split_tensors', 'join_tensors', 'save_checkpoint', 'l
 import json, os, shutil, tempfile
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

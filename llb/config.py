@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import tyro
 
 from .backbones import Backbone, load_backbone
-from .data import Data, check_labels, load_folder, without_corrupt
+from .data import Data, check_labels, load_data, without_corrupt
 from .model import LLB
 from .runtime import InputError, say
 from .weights import FOCUS_NAME
@@ -181,7 +181,7 @@ def make_data(
         raise InputError(f"Unknown data set {config.dataset!r}; there are openclipart and ImageFolder (with --data_dir).")
     if config.dataset.lower() == "imagefolder" and not config.data_dir:
         raise InputError("--dataset ImageFolder needs --data_dir, a folder of class folders.")
-    data = load_folder(config.data_dir or BUNDLED, config.selection_fraction, config.seed)
+    data = load_data(config.data_dir or BUNDLED, config.selection_fraction, config.seed)
     if config.skip_corrupt:
         data, reasons = without_corrupt(data)
         say("\n".join([f"Left out {len(reasons)} unreadable pictures:", *reasons]) if reasons else "All pictures can be read.")

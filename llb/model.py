@@ -142,7 +142,8 @@ class Storage(ModelHubMixin, library_name="llb", tags=["latent-objects"]):
             raise InputError(f"{str(folder)!r} holds no {WEIGHTS_FILE}; give a folder or repository written by save_pretrained().")
         config = json.loads((folder / CONFIG_FILE).read_text())
         model = cls(backbone or read_trunk(config["trunk"], folder), **config["model"])
-        model.head.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        weights = load_file(folder / WEIGHTS_FILE)
+        model.head.to(weights["head.weight"].dtype).load_state_dict(weights)
         return model.eval()
 
 # %% ../nbs/04_model.ipynb #b30e230f

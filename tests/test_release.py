@@ -132,14 +132,15 @@ def test_other_shapes(family, shape):
         assert again.keys() == state.keys() and all(torch.equal(again[k], state[k]) for k in state)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_our_own_format(family, tmp_path):
-    """A model that was read is saved and loaded like any other, its trunk with it."""
+def test_our_own_format(family, dtype, tmp_path):
+    """A model that was read is saved and loaded like any other, its trunk with it, in its own precision."""
     parts, facts = golden(family)
-    model = read(parts["state"], facts)
+    model, images = read({k: v.to(dtype) for k, v in parts["state"].items()}, facts), parts["input"]["images"].to(dtype)
     model.save_pretrained(tmp_path)
     again = LLB.from_pretrained(tmp_path)
-    assert torch.equal(again(parts["input"]["images"]).probabilities(), model(parts["input"]["images"]).probabilities())
+    assert torch.equal(again(images).probabilities(), model(images).probabilities()) and again.head.dtype == dtype
     assert again.backbone.preprocessing == model.backbone.preprocessing and again.backbone.source == model.backbone.source
     (tmp_path / "trunk.safetensors").unlink()
     with pytest.raises(InputError, match="trunk.safetensors"):
