@@ -7,10 +7,10 @@ __all__ = ['STATE_FILES', 'split_tensors', 'join_tensors', 'save_checkpoint', 'l
            'prune_checkpoints']
 
 # %% ../nbs/14_checkpoints.ipynb #c5a8c56f
-import json, os, shutil, tempfile
+import hashlib, json, os, shutil, tempfile
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .runtime import InputError, say
@@ -51,21 +51,32 @@ def save_checkpoint(
     step:int,     # optimizer steps done
     state:dict    # a tree of tensors and JSON-able values
 )->Path: # the checkpoint's folder
-    "Write a checkpoint that is complete or absent. Raises `OSError` (disk full, say) with earlier checkpoints untouched."
+    "Write a checkpoint that is complete or absent. Raises `InputError` (disk full, say) with earlier checkpoints untouched."
     final = Path(folder) / f"step-{step:08d}"
-    final.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f"{final.name}.", suffix=".part", dir=final.parent))
+    part, old = (final.with_suffix(f".{os.getpid()}{end}") for end in (".part", ".old"))
+    tensors, rest = split_tensors(state)
     try:
-        tensors, rest = split_tensors(state)
-        save_file(tensors, part / STATE_FILES[0])
-        (part / STATE_FILES[1]).write_text(json.dumps(rest))
-        (part / "manifest.json").write_text(json.dumps({"step": step, "sha256": {f: file_hash(part / f) for f in STATE_FILES}}))
-        for file in (*part.iterdir(), part): _flush(file)
-        if final.exists(): shutil.rmtree(final)
+        part.mkdir(parents=True)
+        _write_state(part, step, dict(zip(STATE_FILES, (save(tensors), json.dumps(rest).encode()))))
+        if final.exists(): final.rename(old)
         part.rename(final)
         _flush(final.parent)
-    finally: shutil.rmtree(part, ignore_errors=True)
+    except OSError as e:
+        raise InputError(f"The checkpoint of step {step} cannot be written to {final.parent} ({e.strerror or e}); earlier ones are untouched: "
+                         "make room, then go on with --resume.") from e
+    finally:
+        for path in part, old: shutil.rmtree(path, ignore_errors=True)
     return final
+
+def _write_state(part:Path, step:int, content:dict[str, bytes]):
+    "Write files and, last, the manifest. Raises `OSError` when the disk does not give back what it was given."
+    wanted = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+    content = {**content, "manifest.json": json.dumps({"step": step, "sha256": wanted}).encode()}
+    for name, data in content.items():
+        (part / name).write_bytes(data)
+        _flush(part / name)
+        if file_hash(part / name) != hashlib.sha256(data).hexdigest(): raise OSError(f"{name} reads back differently")
+    _flush(part)
 
 # %% ../nbs/14_checkpoints.ipynb #467b634b
 def load_checkpoint(
@@ -78,13 +89,13 @@ def load_checkpoint(
         for name in STATE_FILES:
             if file_hash(path / name) != wanted[name]: raise InputError(f"The checkpoint {path} is damaged: {name} is not what its manifest says.")
         return join_tensors(load_file(path / STATE_FILES[0]), json.loads((path / STATE_FILES[1]).read_text()))
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         if isinstance(e, InputError): raise
         raise InputError(f"The checkpoint {path} is damaged ({type(e).__name__}: {e}).") from e
 
 def checkpoints(folder:Path)->list[Path]: # oldest first
-    "The checkpoints of a run, whole or not."
-    return sorted(p for p in Path(folder).glob("step-????????") if p.is_dir())
+    "The checkpoints of a run, whole or not; also those that a kill caught while they were being replaced."
+    return sorted(p for pattern in ("step-????????", "step-????????.*.old") for p in Path(folder).glob(pattern))
 
 def load_newest(
     folder:Path # checkpoints/ of a run
@@ -102,6 +113,7 @@ def prune_checkpoints(
     folder:Path,
     keep:set[int] # steps
 ):
-    "Delete all checkpoints but those of the given steps and the newest."
-    for path in checkpoints(folder)[:-1]:
-        if int(path.name.removeprefix("step-")) not in keep: shutil.rmtree(path)
+    "Delete all checkpoints but those of the given steps and the newest, and what a kill left half-written."
+    kept = {f"step-{step:08d}" for step in keep} | {sorted(p.name for p in Path(folder).glob("step-????????"))[-1]}
+    for path in Path(folder).glob("step-*"):
+        if path.name not in kept: shutil.rmtree(path)

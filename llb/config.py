@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'BUNDLED', 'ModelOptions', 'DataOptions', 'OptimOptions', 'RunOptions', 'Config', 'recipe_file',
-           'parse_command', 'make_data', 'make_backbone', 'make_model']
+           'parse_command', 'make_data', 'make_backbone', 'make_model', 'load_trained']
 
 # %% ../nbs/12_config.ipynb #1c5ec52c
 import argparse, json, sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
 from .backbones import Backbone, load_backbone
 from .data import Data, check_labels, load_data, without_corrupt
+from .flags import translate
 from .model import LLB
+from .release import load_reference_checkpoint
 from .runtime import InputError, say
 from .weights import FOCUS_NAME
 
@@ -24,8 +26,6 @@ if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
 # %% ../nbs/12_config.ipynb #47bf9459
-def _also(*names:str): return tyro.conf.arg(aliases=[f"--{n}" for n in names])
-
 def _require(ok:bool, name:str, value, rule:str):
     if not ok: raise InputError(f"{name} is {value!r}, but {rule}.")
 
@@ -36,12 +36,13 @@ class ModelOptions:
     checkpoint: str|None = None           # a local file with the trunk's weights
     random_trunk: bool = False            # a randomly initialised trunk, to try things out
     image_size: int|None = None           # pixels; None for the size the trunk was trained at (embedded: 224)
-    num_objects: Annotated[int, _also("object_size")] = 2048    # K, latent objects
-    num_layers: Annotated[int, _also("num_nvit_layers")] = 6    # L, counting the visual block; at least 2
+    num_objects: int = 2048               # K, latent objects
+    num_layers: int = 6                   # L, counting the visual block; at least 2
     target_layer: int = 11                # the block whose tokens are used, counted from 1
     temperature: float = 0.1              # of the assignment softmax
     drop_path: float = 0.0                # stochastic depth in the label-focused blocks
     alpha: float|None = None              # weight of the visual prediction; None to choose it on the selection split
+    nv_weights: str|None = None           # start from this trained LLB: a folder of save_pretrained, or a checkpoint of the release
 
     def check(self):
         _require(self.num_layers >= 2, "num_layers", self.num_layers, "it counts the visual block, so at least one more is needed: 2 or more")
@@ -77,7 +78,8 @@ class OptimOptions:
     opt: Literal["Adam", "AdamW", "SGD"] = "AdamW"
     lr: float = 1e-4                    # peak learning rate of the label branch
     visual_lr: float = 1e-2             # of the linear visual head, for trunks without a head of their own
-    weight_decay: float = 1e-4          # on matrices; never on biases, norms and tokens
+    weight_decay: float = 1e-4          # on matrices
+    decay_all: bool = False             # decay biases, norms and the class token too, as the release does
     momentum: float = 0.9               # of SGD
     lr_scheduler: Literal["CosineAnnealingLR", "StepLR", "MultiStepLR", "ExponentialLR", "none"] = "CosineAnnealingLR"
     lr_min: float = 0.0                 # where the cosine ends
@@ -105,6 +107,7 @@ class RunOptions:
     name: str|None = None               # of the run folder; None to derive it from the configuration
     save: bool = True                   # keep checkpoints and the trained model
     save_every: int = 0                 # keep each Nth epoch's checkpoint besides last and best; 0 for none
+    eval: bool = False                  # score a trained model on val and do nothing else
     resume: bool = False                # go on where the run folder's newest checkpoint ends
     overwrite: bool = False             # delete an existing run folder of this name
     seed: int = 0                       # of initialisation, order, augmentation and the selection split
@@ -160,14 +163,14 @@ def parse_command(
     argv:list[str],          # the words after the command
     prog:str="llb train"     # for the usage line
 )->Config:
-    "Build a configuration from flags, on top of a recipe or file where one is named. Wrong flags exit with status 2 and a usage line."
+    "Build a configuration from flags (ours or the release's), on top of a recipe or file where one is named. Wrong flags exit with status 2."
     starts = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     which = starts.add_mutually_exclusive_group()
     which.add_argument("--recipe", type=recipe_file)
     which.add_argument("--config", type=Path)
     start, flags = starts.parse_known_args(argv)
     base = start.recipe or start.config
-    return tyro.cli(Config, args=flags, prog=prog, default=Config.from_file(base) if base else None, use_underscores=True,
+    return tyro.cli(Config, args=translate(flags), prog=prog, default=Config.from_file(base) if base else None, use_underscores=True,
                     description="Train LLB on a frozen backbone. --recipe NAME or --config FILE (TOML, or a run's config.json) sets all values first.")
 
 # %% ../nbs/12_config.ipynb #29461f24
@@ -189,10 +192,27 @@ def make_data(
     return data
 
 def make_backbone(config:ModelOptions, num_classes:int)->Backbone:
-    "The frozen trunk a configuration names."
+    "The frozen trunk a configuration names; a random one is announced."
+    if config.random_trunk: say("WARNING: --random_trunk: the trunk is randomly initialised and knows nothing; its numbers mean nothing.")
     return load_backbone(config.backbone, config.checkpoint, num_classes, config.image_size, pretrained=not config.random_trunk)
 
 def make_model(config:ModelOptions, backbone:Backbone, num_classes:int)->LLB:
     "The model a configuration describes, freshly initialised from torch's global seed."
-    return LLB(backbone, config.num_objects, config.num_layers, config.target_layer, 0.5 if config.alpha is None else config.alpha,
-               config.temperature, num_classes, config.drop_path)
+    model = LLB(backbone, config.num_objects, config.num_layers, config.target_layer, 0.5 if config.alpha is None else config.alpha,
+                config.temperature, num_classes, config.drop_path)
+    if config.nv_weights: load_trained(model, config.nv_weights)
+    return model
+
+def load_trained(
+    model:LLB,     # takes the weights
+    source:str     # a folder or repository of save_pretrained, or a checkpoint file of the release
+):
+    "Copy a trained head into a model. Raises `InputError` when it was trained on another trunk or has another shape."
+    if Path(source).is_file():
+        trained = load_reference_checkpoint(source, num_heads=model.backbone.num_heads, target_layer=model.target_layer,
+                                            alpha=model.alpha, temperature=model.settings["temperature"])
+        if trained.backbone.content_hash() != model.backbone.content_hash():
+            raise InputError(f"{source} was trained on another trunk ({trained.backbone.content_hash()}) than {model.backbone.name} ({model.backbone.content_hash()}).")
+    else: trained = LLB.from_pretrained(source, backbone=model.backbone)
+    try: model.head.load_state_dict(trained.head.state_dict())
+    except RuntimeError as e: raise InputError(f"{source} holds an LLB of another shape: {' '.join(str(e).split())[:300]}") from e

@@ -17,7 +17,7 @@ from .data import Pictures
 from .features import features_of
 from .metrics import ALPHAS, Scores, Usage, class_accuracy, measure, merge_scores, score_batch
 from .model import LLB
-from .runtime import Runtime, gather_objects, progress
+from .runtime import Runtime, agreed, gather_objects, progress
 
 # %% ../nbs/17_evaluate.ipynb #e94d11a2
 @torch.no_grad()
@@ -31,10 +31,11 @@ def evaluate(
     "Score every picture once."
     model.eval()
     parts, usage = [], Usage(model.settings["num_objects"])
-    for batch in progress(loader, desc=desc):
-        with runtime.autocast(): out = model.head(features_of(model, batch, runtime))
-        parts.append(score_batch(out, batch["index"], batch["label"], alphas))
-        usage.add(out.assignments)
+    with agreed():
+        for batch in progress(loader, desc=desc):
+            with runtime.autocast(): out = model.head(features_of(model, batch, runtime))
+            parts.append(score_batch(out, batch["index"], batch["label"], alphas))
+            usage.add(out.assignments)
     return merge_scores([part for theirs in gather_objects(parts) for part in theirs]), usage.summary()
 
 # %% ../nbs/17_evaluate.ipynb #2fa63481

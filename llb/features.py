@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from .backbones import Backbone, BackboneOutput
 from .data import EvalBatches, PictureDataset, Pictures, make_loader
 from .model import LLB
-from .runtime import InputError, Runtime, any_rank, barrier, on_main, progress, say
+from .runtime import InputError, Runtime, agreed, any_rank, barrier, on_main, progress, say
 from .weights import cache_dir
 
 # %% ../nbs/11_features.ipynb #de6e5a44
@@ -71,8 +71,9 @@ def _fill(part:Path, layout:dict, backbone:Backbone, pictures:Pictures, runtime:
     store = FeatureStore(part, layout, write=True)
     dataset = PictureDataset(pictures, backbone.transform())
     loader = make_loader(dataset, EvalBatches(len(pictures), batch_size, runtime.rank, runtime.world_size), workers)
-    for batch in progress(loader, desc=desc):
-        with runtime.autocast(): store.put(batch["index"], backbone(batch["image"].to(runtime.device), layout["layer"]))
+    with agreed():
+        for batch in progress(loader, desc=desc):
+            with runtime.autocast(): store.put(batch["index"], backbone(batch["image"].to(runtime.device), layout["layer"]))
 
 def build_store(
     backbone:Backbone,      # on the runtime's device

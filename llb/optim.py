@@ -25,7 +25,8 @@ def make_optimizer(
     visual = set(() if head.visual_head is None else head.visual_head.parameters())
     groups = [{**g, "params": [p for p in g["params"] if (p in visual) == own], "lr_scale": config.visual_lr / config.lr if own else 1.0}
               for own in ([False, True] if visual else [False])
-              for g in param_groups_weight_decay(head, config.weight_decay, no_weight_decay_list=("cls_token",))]
+              for g in param_groups_weight_decay(head, config.weight_decay, weight_decay_exclude_1d=not config.decay_all,
+                                                 no_weight_decay_list=() if config.decay_all else ("cls_token",))]
     if config.opt == "SGD": return torch.optim.SGD(groups, config.lr, momentum=config.momentum, fused=fused)
     return getattr(torch.optim, config.opt)(groups, config.lr, fused=fused)
 

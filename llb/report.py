@@ -7,7 +7,7 @@ __all__ = ['FinishedRun', 'read_run', 'sample_pictures', 'predict', 'assignment_
            'main']
 
 # %% ../nbs/31_report.ipynb #0b873a26
-import argparse, json, sys
+import argparse, json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .config import Config, make_data
 from .data import Data, PictureDataset, Pictures
 from .model import LLB, LLBOutput
 from .plots import plot_assignment_sheet
-from .runtime import InputError, say, seed_from
+from .runtime import InputError, command, say, seed_from
 from .runs import read_events
 
 # %% ../nbs/31_report.ipynb #95975a38
@@ -92,12 +92,9 @@ def write_pictures(run:FinishedRun)->list[Path]: # the PNG files
     return [folder / name for name in drawn]
 
 # %% ../nbs/31_report.ipynb #2f620b6f
+@command
 def main(argv:list[str]|None=None):
     "`llb report RUN`: draw the pictures of a finished run."
     parser = argparse.ArgumentParser("llb report", description="Draw the pictures of a finished run into its folder.")
     parser.add_argument("run", type=Path, help="a run folder")
-    try: run = read_run(parser.parse_args(argv).run)
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
-    for path in write_pictures(run): say(f"Wrote {path}")
+    for path in write_pictures(read_run(parser.parse_args(argv).run)): say(f"Wrote {path}")

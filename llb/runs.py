@@ -10,7 +10,7 @@ import json, os, platform, shutil, subprocess, tempfile, time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .runtime import InputError
+from .runtime import InputError, say
 
 # %% ../nbs/13_runs.ipynb #937181a7
 def write_json(
@@ -29,6 +29,7 @@ def environment()->dict: # JSON-able
         try: found[package] = version(package)
         except PackageNotFoundError: found[package] = None
     here = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+    if not shutil.which("git") or not (here.parent / ".git").exists(): return {**found, "commit": None}   # installed from a wheel
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True)
     return {**found, "commit": git.stdout.strip() or None}
 
@@ -40,13 +41,16 @@ def open_run(
 )->Path:
     "Prepare a run folder. Raises `InputError` for an existing one without leave, a missing one to resume, or one that cannot be written."
     folder = Path(folder)
-    exists = folder.exists() and any(folder.iterdir())
+    exists = folder.is_dir() and any(folder.iterdir())
     if resume and not exists: raise InputError(f"There is no run to resume in {str(folder)!r}; start it without --resume.")
     if exists and not resume and not overwrite:
         raise InputError(f"The run folder {str(folder)!r} exists; add --resume to go on with it, --overwrite to replace it, or another --name.")
+    if overwrite and exists and not any((folder / name).exists() for name in ("config.json", "events.jsonl")):
+        raise InputError(f"{str(folder)!r} is not empty and holds no run (no config.json): it is not deleted; choose another --name.")
     try:
         if exists and overwrite: shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "stop").unlink(missing_ok=True)   # it was obeyed
         with tempfile.TemporaryFile(dir=folder): pass
     except OSError as e: raise InputError(f"The run folder {str(folder)!r} cannot be written ({e.strerror}); choose another --save_dir.") from e
     return folder
@@ -55,7 +59,11 @@ def open_run(
 class EventLog:
     "Appends events to `events.jsonl`; on other processes than the main one it does nothing."
     def __init__(self, folder:Path, enabled:bool=True):
-        self._file = os.open(Path(folder) / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644) if enabled else None
+        path, self._file = Path(folder) / "events.jsonl", None
+        if not enabled: return
+        torn = path.exists() and not path.read_bytes().endswith(b"\n")   # by a kill; the next line must not be lost with it
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        if torn: os.write(self._file, b"\n")
 
     def write(self,
         kind:str,  # "start", "step", "epoch", "end", ...
@@ -64,7 +72,8 @@ class EventLog:
         "Append one line with the time."
         if self._file is None: return
         line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n"
-        os.write(self._file, line.encode())
+        try: os.write(self._file, line.encode())
+        except OSError as e: say(f"Note: an event could not be written ({e.strerror}): {line.rstrip()}")   # training goes on
 
     def close(self):
         if self._file is not None: os.close(self._file)
@@ -74,11 +83,12 @@ def read_events(
     folder:Path,     # a run folder
     kind:str|None=None
 )->list[dict]:
-    "All events of a run, or those of one kind. Steps that were undone by a resume are left out."
+    "All events of a run, or those of one kind. What was undone by a resume, or by starting again, is left out."
     path, events = Path(folder) / "events.jsonl", []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try: event = json.loads(line)
         except json.JSONDecodeError: continue   # a line torn by a kill
+        if event["kind"] == "start": events = []
         if event["kind"] == "resume": events = [e for e in events if e.get("step", 0) <= event["step"]]
         events.append(event)
     return [e for e in events if kind in (None, e["kind"])]

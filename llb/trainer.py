@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -24,7 +25,7 @@ from .config import Config
 from .data import Data, EvalBatches, PictureDataset, TrainBatches, make_loader
 from .evaluate import evaluate, format_table, report_metrics, save_predictions
 from .features import FeatureDataset, build_store, features_of
-from .metrics import ALPHAS, choose_alpha, measure
+from .metrics import ALPHAS, Scores, choose_alpha, measure
 from .model import LLB, BatchTotals, LLBLoss, LossTerms, batch_totals, describe_trunk
 from .optim import learning_rate, make_optimizer, set_learning_rate
 from .runtime import InputError, Runtime, StopFlag, any_rank, gather_objects, on_main, pick_device, progress, say, seed_from, sum_over_ranks
@@ -75,7 +76,8 @@ class TrainStep:
         terms = [self.backward(f, part["label"], totals, last=f is features[-1]) for f, part in zip(features, parts)]
         norm = torch.nn.utils.clip_grad_norm_(self.model.head.parameters(), self.config.clip_grad or math.inf)
         if not norm.isfinite():
-            raise FloatingPointError(f"The gradient of step {number} is not finite; its pictures are {batch['index'].tolist()}.")
+            pictures = sorted(i for share in gather_objects(batch["index"].tolist()) for i in share)
+            raise FloatingPointError(f"The gradient of step {number + 1} is not finite; its training pictures are {pictures}.")
         set_learning_rate(self.optimizer, learning_rate(epoch, self.config))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -135,7 +137,9 @@ def check_resumable(
     if changed: raise InputError(f"The run was started with other settings ({'; '.join(changed)}); resume it with its own, or start another.")
     if saved["classes"] != list(data.classes):
         raise InputError(f"The checkpoint knows {len(saved['classes'])} classes, the data set has {len(data.classes)}, or they differ in name.")
-    if saved["fingerprint"] != data.train.fingerprint(): raise InputError("The training pictures are not those the run was started with.")
+    if saved["pictures"] != data.train.fingerprint(sizes=False):
+        raise InputError("The training pictures are not those the run was started with; resume it with them, or start another.")
+    if saved["fingerprint"] != data.train.fingerprint(): say("Note: some training pictures have changed since the run was started.")
 
 # %% ../nbs/18_trainer.ipynb #292a0b9e
 class Recorder:
@@ -159,8 +163,19 @@ class Recorder:
             save_checkpoint(self.folder / "checkpoints", step, state)
             every = self.config.save_every
             kept = {h["step"] for h in state["history"] if every and h["epoch"] % every == 0}
-            prune_checkpoints(self.folder / "checkpoints", kept | {best_step})
+            prune_checkpoints(self.folder / "checkpoints", kept | ({best_step} - {None}))
         if self.config.save: on_main(write)
+
+    def finish(self, metrics:dict, scores:Scores, model:LLB):
+        "Write the numbers, the predictions and the chosen model; every process calls this, the main one writes."
+        def write():
+            try:
+                write_json(self.folder / "metrics.json", metrics)
+                save_predictions(self.folder / "predictions.safetensors", scores, model.alpha)
+                model.save_pretrained(self.folder / "model")
+            except (OSError, SafetensorError) as e:
+                raise InputError(f"The results cannot be written to {self.folder} ({e}); make room, then go on with --resume.") from e
+        on_main(write)
 
     def restore(self)->dict|None:
         "The newest whole checkpoint, when the run is to be resumed."
@@ -177,7 +192,7 @@ class TrainerState:
     ):
         self.runtime = runtime or Runtime(pick_device(config.device), amp=config.amp)
         self.model, self.data, self.config = model.to(self.runtime.device), data, config
-        self.step, self.history, self.best, self.best_head = 0, [], None, None
+        self.step, self.saved_step, self.history, self.best, self.best_head = 0, None, [], None, None
         self.terms, self.stopping = torch.zeros(len(TERMS), device=self.runtime.device), False
         self.global_batch = config.batch_size * self.runtime.world_size
         self.alphas = tuple(sorted({*ALPHAS, *([] if config.alpha is None else [config.alpha])}))
@@ -202,8 +217,9 @@ class TrainerState:
         state = {"step": self.step, "history": self.history, "best": self.best, "best_head": self.best_head, "terms": terms,
                  "head": self.model.head.state_dict(), "optimizer": self.train_step.optimizer.state_dict(), "global_batch": self.global_batch,
                  "config": self.config.to_dict(), "classes": self.data.classes, "fingerprint": self.data.train.fingerprint(),
-                 "trunk": describe_trunk(self.model.backbone)}
+                 "pictures": self.data.train.fingerprint(sizes=False), "trunk": describe_trunk(self.model.backbone)}
         self.record.save(self.step, state, self.best and self.best["step"])
+        self.saved_step = self.step
 
     def restore(self, saved:dict):
         "Continue from a checkpoint. Raises `InputError` when model, pictures or settings are others."
@@ -216,7 +232,7 @@ class TrainerState:
         self.train_step.optimizer.load_state_dict({**groups, "state": {int(k): v for k, v in groups["state"].items()}})
         same = len(saved["terms"]) == self.runtime.world_size
         terms = saved["terms"][self.runtime.rank] if same else torch.stack(saved["terms"]).mean(0)
-        self.terms = terms.to(self.runtime.device)
+        self.terms, self.saved_step = terms.to(self.runtime.device), self.step
         say(f"Resuming at step {self.step} (epoch {self.step / self.batches.per_epoch:.2f}).")
 
 # %% ../nbs/18_trainer.ipynb #2ca96b5e
@@ -227,20 +243,18 @@ class Trainer(TrainerState):
         self.prepare()
         with StopFlag(self.record.folder / "stop") as self.stop:
             try:
-                while self.step < self.config.epochs * self.batches.per_epoch and not self.stopping: self.train_epoch()
+                while len(self.history) < self.config.epochs and not self.stopping: self.train_epoch()
+                metrics = {} if self.stopping else self.report()
+                if self.stopping: self.leave("stopped", by=self.stop.reason or "another process")
+                else: self.leave("done")
             except (InputError, FloatingPointError) as e:
                 self.leave("failed", error=str(e))
                 raise
-        if self.stopping:
-            self.leave("stopped", by=self.stop.reason or "another process")
-            return {}
-        metrics = self.report()
-        self.leave("done")
         return metrics
 
     def train_epoch(self):
         "From where the epoch was left to its end, or to the step after which all processes stop."
-        self.batches.seek(self.step)
+        self.batches.seek(self.step, epoch=len(self.history))
         self.model.train()
         began, waited, first = time.monotonic(), 0.0, self.step
         with progress(total=self.batches.per_epoch, initial=self.batches.start, desc=f"epoch {self.batches.epoch + 1}/{self.config.epochs}") as bar:
@@ -258,10 +272,11 @@ class Trainer(TrainerState):
         while True:
             began, batch, error = time.monotonic(), None, None
             try: batch = next(batches, None)
-            except InputError as e: error = InputError(str(e).strip().splitlines()[-1].split("CorruptPicture: ")[-1])
-            self.stopping, failed = any_rank(bool(self.stop), error is not None)
-            if failed: raise error or InputError("Another process could not read a picture; its message names the file.")
-            if batch is None or self.stopping: return
+            except InputError as e: error = e
+            stopping, failed = any_rank(bool(self.stop), error is not None)
+            if failed: raise next(e for e in gather_objects(error) if e)
+            if batch is None: return   # an epoch that is complete is also looked at, whoever asks to stop
+            if stopping: self.stopping = True; return
             yield batch, time.monotonic() - began
 
     def log(self, kind:str, terms:Tensor, steps:int, **values)->dict: # the event
@@ -299,16 +314,15 @@ class Trainer(TrainerState):
             f"was chosen by NLL on the selection split ({len(self.data.selection)} pictures cut from the training data)"
         metrics = {**report_metrics(scores, self.data.val, self.model.alpha, given), "objects": usage,
                    "chosen_epoch": {**self.best, "by": "lowest fused NLL on the selection split"}, "features": "bf16 cache" if self.config.cache else "pictures"}
-        if self.runtime.is_main:
-            write_json(self.record.folder / "metrics.json", metrics)
-            save_predictions(self.record.folder / "predictions.safetensors", scores, self.model.alpha)
-            self.model.save_pretrained(self.record.folder / "model")
+        self.record.finish(metrics, scores, self.model)
         say(format_table(metrics))
         return metrics
 
     def leave(self, reason:str, **why):
-        "Save where the run stands and write its last event."
-        if reason != "done": self.save()
+        "Save where the run stands, as far as that is possible, and write its last event."
+        try:
+            if self.step not in (0, self.saved_step): self.save()
+        except InputError as e: why["unsaved"] = str(e)
         self.record.events.write("end", step=self.step, reason=reason, seconds=time.monotonic() - self.began,
                                  peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, **why)
         self.record.events.close()

