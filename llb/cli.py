@@ -13,6 +13,7 @@ from importlib import import_module
 COMMANDS = {  # name: (module with a main(argv), what it does)
     "train": ("llb.train", "train LLB on a frozen backbone (also: torchrun -m llb.train)"),
     "report": ("llb.report", "draw the pictures of a finished run"),
+    "recipes": ("llb.recipes", "list the paper's systems as recipes, with their cost"),
     "fetch": ("llb.weights", "fetch the embedded backbone into the cache"),
 }
 

@@ -98,23 +98,25 @@ def scan_folder(
     return Pictures(root, tuple(f for f, _ in rows), tuple(y for _, y in rows), classes, tuple(groups.get(f, f) for f, _ in rows))
 
 # %% ../nbs/10_data.ipynb #fe3e5de9
+def _choose(members:dict[str, list[int]], fraction:float, seed:tuple)->list[int]:
+    "A random share of the pictures in some groups (name -> pictures), by whole groups and never all of them."
+    wanted, taken = fraction * sum(map(len, members.values())), []
+    for group in sorted(members, key=lambda g: seed_from(*seed, g))[:-1]:
+        if wanted < min(1, len(members[group]) / 2): break
+        taken += members[group]
+        wanted -= len(members[group])
+    return taken
+
 def cut(
     pictures:Pictures,
     fraction:float,   # 0..1, the share to cut off, per class
     *seed:int|str     # what the choice depends on
 )->tuple[Pictures, Pictures]: # the rest, and the part cut off
-    "Split by class, keeping groups whole and at least one group of each class on either side where there are two. Where no class has two, over all."
-    members, by_label, taken = {}, {}, set()
+    "Split by class, keeping groups whole and one of each class on the first side; over all classes at once, if they are too small to give any."
+    members, by_label = {}, {}
     for i, group in enumerate(pictures.groups): members.setdefault(group, []).append(i)
-    for group, m in members.items(): by_label.setdefault(pictures.labels[m[0]], []).append(group)
-    if len(by_label) == len(members): by_label = {None: list(members)}   # one group a class: none could give any
-    for groups in by_label.values():
-        groups.sort(key=lambda g: seed_from(*seed, g))
-        wanted = fraction * sum(len(members[g]) for g in groups)
-        for g in groups[:-1]:
-            if wanted < min(1, len(members[g]) / 2): break
-            taken.update(members[g])
-            wanted -= len(members[g])
+    for group, m in members.items(): by_label.setdefault(pictures.labels[m[0]], {})[group] = m
+    taken = {i for groups in by_label.values() for i in _choose(groups, fraction, seed)} or set(_choose(members, fraction, seed))
     rest = [i for i in range(len(pictures)) if i not in taken]
     return pictures.take(rest), pictures.take(sorted(taken))
 

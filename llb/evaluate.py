@@ -14,8 +14,9 @@ from safetensors.numpy import save_file
 from torch.utils.data import DataLoader
 
 from .data import Pictures
+from .datasets import real_labels
 from .features import features_of
-from .metrics import ALPHAS, Scores, Usage, class_accuracy, measure, merge_scores, score_batch
+from .metrics import ALPHAS, Scores, Usage, class_accuracy, measure, merge_scores, score_batch, set_accuracy
 from .model import LLB
 from .runtime import Runtime, agreed, gather_objects, progress
 
@@ -45,12 +46,16 @@ def report_metrics(
     alpha:float,      # the weight used for the fused prediction
     chosen:str        # where alpha comes from, in words
 )->dict: # JSON-able
-    "All numbers of `metrics.json`: the three predictions, two fixed alphas, per class, and the certificate of what was seen."
-    return {"visual": measure(scores, 1), "label": measure(scores, 0), "fused": measure(scores, alpha),
-            "alpha": {"value": alpha, "chosen": chosen}, "alpha_0.5": measure(scores, .5), "alpha_0.8": measure(scores, .8),
-            "class_top1": {pictures.classes[c]: v for c, v in class_accuracy(scores, alpha).items()},
-            "seen": {"pictures": len(pictures), "scored": len(scores.index), "unique": len(np.unique(scores.index)),
-                     "fingerprint": pictures.fingerprint()}}
+    "All numbers of `metrics.json`: the three predictions, two fixed alphas, per class, what was seen, and for ImageNet's pictures ReaL accuracy."
+    weights = {"visual": 1, "label": 0, "fused": alpha, "alpha_0.5": .5, "alpha_0.8": .8}
+    metrics = {**{name: measure(scores, a) for name, a in weights.items()}, "alpha": {"value": alpha, "chosen": chosen},
+               "class_top1": {pictures.classes[c]: v for c, v in class_accuracy(scores, alpha).items()},
+               "seen": {"pictures": len(pictures), "scored": len(scores.index), "unique": len(np.unique(scores.index)),
+                        "fingerprint": pictures.fingerprint()}}
+    accepted = [real[i] for i in scores.index] if (real := real_labels(pictures)) else []
+    if n := sum(a is not None for a in accepted):
+        metrics["imagenet_real"] = {**{name: set_accuracy(scores, accepted, a) for name, a in weights.items()}, "n": n}
+    return metrics
 
 def save_predictions(
     path:Path,
@@ -74,5 +79,8 @@ def format_table(
     rows = {"visual (the ViT's own)": "visual", "label-focused": "label", f"fused, alpha {alpha:g}": "fused",
             "fused, alpha 0.5": "alpha_0.5", "fused, alpha 0.8": "alpha_0.8"}
     line = lambda name, m: f"{name:<24}{m['top1']:>8.1%}{m['nll']:>8.3f}{m['brier']:>8.3f}{m['ece']:>8.3f}"
+    real = metrics.get("imagenet_real")
+    extra = lambda key: f"{real[key]:>8.1%}" if real else ""
     seen = f"n = {metrics['seen']['scored']} pictures, each seen once; alpha {metrics['alpha']['chosen']}"
-    return "\n".join([head, *(line(name, metrics[key]) for name, key in rows.items()), seen])
+    if real: head, seen = head + f"{'ReaL':>8}", seen + f"; ReaL top-1 over {real['n']} pictures"
+    return "\n".join([head, *(line(name, metrics[key]) + extra(key) for name, key in rows.items()), seen])

@@ -6,6 +6,8 @@
 __all__ = ['at_least_float32', 'LatentObjects', 'entropy']
 
 # %% ../nbs/03_objects.ipynb #41758405
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softmax
@@ -42,7 +44,7 @@ class LatentObjects(nn.Module):
         patches:Tensor # [B,N,D]
     )->Tensor: # [B,N,K] in float32 or wider, rows sum to 1
         "How much each patch is each object."
-        with torch.autocast(patches.device.type, enabled=False):
+        with nullcontext() if patches.is_meta else torch.autocast(patches.device.type, enabled=False):  # "meta" only counts
             return softmax(self.assign(at_least_float32(patches)) / self.temperature, dim=-1)
 
     def forward(self,

@@ -94,8 +94,8 @@ def start_runtime(
     env = {k: int(os.environ.get(k, d)) for k, d in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items()}
     place = pick_device(device, env["LOCAL_RANK"])
     if place.type == "cuda": torch.cuda.set_device(place)
+    if "TORCHELASTIC_RUN_ID" in os.environ: end_with_parent()   # also with one process
     if env["WORLD_SIZE"] > 1:
-        end_with_parent()
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         try: dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         except dist.DistError as e:

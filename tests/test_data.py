@@ -13,7 +13,7 @@ from conftest import draw, make_pictures
 from PIL import Image
 
 from llb.config import Config, make_data
-from llb.data import CorruptPicture, PictureDataset, TrainBatches, check_labels, find_corrupt, load_folder, make_loader, scan_folder, without_corrupt
+from llb.data import CorruptPicture, PictureDataset, TrainBatches, check_labels, find_corrupt, load_data, make_loader, scan_folder, without_corrupt
 from llb.runtime import InputError
 
 CLIPART = Path(__file__).parent.parent / "data" / "openclipart"
@@ -40,7 +40,7 @@ def test_bundled_index_names_every_file_once():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_near_duplicates_stay_on_one_side(seed):
-    data = load_folder(CLIPART, seed=seed)
+    data = load_data(CLIPART, seed=seed)
     train, selection, val = (set(p.groups) for p in (data.train, data.selection, data.val))
     assert not train & val and not train & selection and not selection & val
     assert len(set(data.train.files) | set(data.selection.files)) == len(scan_folder(CLIPART, "train"))
@@ -62,17 +62,17 @@ def test_every_bundled_picture_decodes():
 # A user's own folder
 
 def test_folder_without_splits(pictures):
-    data = load_folder(pictures)
+    data = load_data(pictures)
     parts = [set(p.files) for p in (data.train, data.selection, data.val)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 60 and len(parts[2]) == 12
     assert data.classes == ("circle", "square", "triangle") and set(data.val.labels) == {0, 1, 2}
-    other = load_folder(pictures, seed=1)   # the reported pictures do not depend on the seed, the selection does
+    other = load_data(pictures, seed=1)   # the reported pictures do not depend on the seed, the selection does
     assert other.val == data.val and other.selection.files != data.selection.files
 
 
 def test_folder_with_splits(tmp_path):
     for split, n in ("train", 10), ("val", 4): make_pictures(tmp_path / split, n)
-    data = load_folder(tmp_path)
+    data = load_data(tmp_path)
     assert len(data.train) + len(data.selection) == 30 and len(data.val) == 12
     assert all(f.startswith("val/") for f in data.val.files) and all(f.startswith("train/") for f in data.train.files + data.selection.files)
 
@@ -82,7 +82,7 @@ def test_groups_of_a_user(tmp_path):
     make_pictures(tmp_path / "val", 2)
     files = sorted(p.relative_to(tmp_path).as_posix() for p in (tmp_path / "train").rglob("*.png"))
     with open(tmp_path / "index.csv", "w", newline="") as f: csv.writer(f).writerows([("path", "group"), *((p, i // 4) for i, p in enumerate(files))])
-    data = load_folder(tmp_path, selection_fraction=.3)
+    data = load_data(tmp_path, selection_fraction=.3)
     assert not set(data.train.groups) & set(data.selection.groups) and len(data.selection) == 12   # one group of four of each class
 
 
@@ -117,16 +117,16 @@ def flat(tmp_path):
     (other_classes, "hexagon"), (lambda t: only(t, "circle", "square", per_class=1), "too few"),
 ], ids=["missing", "file", "empty-missing", "flat", "one-class", "empty-class", "train-only", "other-classes", "too-few"])
 def test_bad_folder(make, words, tmp_path):
-    with pytest.raises(InputError, match=words) as refused: load_folder(make(tmp_path))
+    with pytest.raises(InputError, match=words) as refused: load_data(make(tmp_path))
     assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
 
 
 def test_empty_folder(tmp_path):
-    with pytest.raises(InputError, match="0 pictures in 0 class folders"): load_folder(tmp_path)
+    with pytest.raises(InputError, match="0 pictures in 0 class folders"): load_data(tmp_path)
 
 
 def test_class_count(pictures):
-    check_labels(load_folder(pictures).train, 3)
+    check_labels(load_data(pictures).train, 3)
     with pytest.raises(InputError, match="has 3 classes, but 4 are expected"): make_data(Config(dataset="ImageFolder", data_dir=str(pictures), class_num=4))
 
 
@@ -142,7 +142,7 @@ def broken(tmp_path):
 
 
 def test_corrupt_pictures_are_found_and_left_out(broken, capsys):
-    data = load_folder(broken)
+    data = load_data(broken)
     clean, reasons = without_corrupt(data)
     names = {"circle/03.png", "square/04.png", "triangle/05.png"}
     assert len(reasons) == 3 and all(any(n in r for r in reasons) for n in names)
@@ -203,7 +203,7 @@ def test_odd_class_and_file_names(tmp_path):
         for odd in ODD: draw("circle", rng).save(tmp_path / name / f"{odd}.png")
     (tmp_path / ".hidden").mkdir()
     (tmp_path / "a b" / "notes.txt").write_text("not a picture")
-    data = load_folder(tmp_path)
+    data = load_data(tmp_path)
     assert data.classes == tuple(sorted(ODD)) and find_corrupt(data.train) == {}
     assert sum(map(len, (data.train, data.selection, data.val))) == 64
     for file, label in zip(data.train.files, data.train.labels): assert file.split("/")[0] == data.classes[label]

@@ -107,7 +107,7 @@ def test_console_script():
     script = shutil.which("llb", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert script, "install the package: pip install -e ."
     done = subprocess.run([script, "train", "--help"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and all(f in done.stdout for f in ("--num_objects", "--num_nvit_layers", "--object_size", "--resume"))
+    assert done.returncode == 0 and all(f in done.stdout for f in ("--num_objects", "--num_layers", "--resume"))
     assert subprocess.run([script, "trian"], capture_output=True, timeout=60).returncode == 2
 
 
