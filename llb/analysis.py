@@ -51,12 +51,12 @@ def look(
 # %% ../nbs/30_analysis.ipynb #55555019
 class Totals:
     "Sums over pictures whose size depends on K, C and D alone."
-    def __init__(self, num_objects:int, num_classes:int, dim:int):
+    def __init__(self, num_objects:int, num_classes:int, dim:int, device="cpu"):
         K, C, self.sums = num_objects, num_classes, {}
         shapes = {"mass": (K,), "patches": (K,), "images": (K,), "patch_entropy": (K,), "together": (K, K), "class_patches": (C, K),
                   "class_images": (C, K), "class_count": (C,), "object_visual": (K, dim), "object_label": (K, dim),
                   "class_visual": (C, dim), "class_label": (C, dim)}
-        for name, shape in shapes.items(): self.sums[name] = torch.zeros(shape, dtype=torch.float64)
+        for name, shape in shapes.items(): self.sums[name] = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def add(self,
         label:Tensor,       # [B]
@@ -69,13 +69,12 @@ class Totals:
         counts = torch.zeros_like(assignments[:, 0]).scatter_add_(1, first, torch.ones_like(confidence))   # [B,K]
         present, flat = (counts > 0).float(), first.flatten()
         share = assignments.mean(1)
-        grow = lambda name, x: self.sums[name].add_(x.double().cpu())
         for name, x in dict(mass=assignments.sum((0, 1)), patches=counts.sum(0), images=present.sum(0), together=present.T @ present).items():
-            grow(name, x)
-        def by(name, group, x): self.sums[name].index_add_(0, group.cpu(), x.double().cpu())
+            self.sums[name] += x
+        def by(name, group, x): self.sums[name].index_add_(0, group.to(x.device), x.double())
         by("patch_entropy", flat, entropy(assignments).flatten())
         for name, x in dict(class_patches=counts, class_images=present, class_visual=visual.mean(1), class_label=tokens[:, 0]).items(): by(name, label, x)
-        by("class_count", label, torch.ones(len(label)))
+        by("class_count", label, torch.ones(len(label), device=share.device))
         by("object_visual", flat, visual.flatten(0, 1))
         by("object_label", flat, tokens[:, 1:].flatten(0, 1))
         return first, confidence, share
@@ -135,7 +134,7 @@ def open_index(
 
 def _save(folder:Path, info:dict, files:tuple[str, ...], totals:Totals, top:TopPatches, sample:PatchSample):
     "Write all but the rows, index.json last: with it the index is complete."
-    arrays = {k: v.numpy() for k, v in totals.sums.items()}
+    arrays = {k: v.cpu().numpy() for k, v in totals.sums.items()}
     for name, made in dict(top=top.exemplars(), sample=sample.exemplars()).items():
         arrays |= {f"{name}.{f.name}": np.ascontiguousarray(getattr(made, f.name)) for f in fields(Exemplars)}
     save_file(arrays, folder / "objects.safetensors")
@@ -184,7 +183,7 @@ def build_index(
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    totals, rows = Totals(K, len(pictures.classes), model.backbone.dim), RowWriter(part / "pictures.safetensors")
+    totals, rows = Totals(K, len(pictures.classes), model.backbone.dim, runtime.device), RowWriter(part / "pictures.safetensors")
     top, random = TopPatches(K, gallery, per_image), PatchSample(K, sample, per_image)
     try:
         for batch in progress(loader, desc="object index"):
@@ -206,7 +205,7 @@ def index_run(
     run:str|Path,            # a finished run folder
     split:str="val",         # "train", "selection", "val" or "all"
     device:str="auto",
-    batch_size:int=64,
+    batch_size:int=32,
     rebuild:bool=False       # also when there is an index of this very model
 )->ObjectIndex:
     "The index of a run, in its folder `objects/SPLIT`; built when there is none. Uses cached features where the run did."

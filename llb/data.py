@@ -7,7 +7,7 @@ __all__ = ['CorruptPicture', 'Pictures', 'scan_folder', 'cut', 'Data', 'check_la
            'without_corrupt', 'PictureDataset', 'TrainBatches', 'EvalBatches', 'make_loader']
 
 # %% ../nbs/10_data.ipynb #3873614f
-import csv, hashlib, os, signal
+import csv, hashlib, os, signal, threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -251,9 +251,16 @@ class EvalBatches:
     def __iter__(self): return iter(self.batches)
 
 # %% ../nbs/10_data.ipynb #fafecc77
-def _ignore_signals(worker:int):
-    "Leave stopping to the main process."
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+def _obey_parent_only(worker:int):
+    "Ignore Ctrl-C, and SIGTERM unless the process that started this worker sends it (where the system tells)."
+    parent = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"): return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent: pass
+        os._exit(0)
+    threading.Thread(target=wait, daemon=True).start()
 
 def make_loader(
     dataset:Dataset,
@@ -263,4 +270,4 @@ def make_loader(
 )->DataLoader: # of dicts of stacked tensors
     "A PyTorch loader over keys."
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory,
-                      persistent_workers=workers > 0, worker_init_fn=_ignore_signals)
+                      persistent_workers=workers > 0, worker_init_fn=_obey_parent_only)

@@ -33,6 +33,7 @@ REFUSED = {  # name: why, and what to do instead
     "local_rank": "torchrun tells each process its rank through the environment",
     "sync_bn": "the model has no batch normalisation to synchronise",
     "rep": "reproduced trunk weights were never published; name your own file with --encoder_weight",
+    "wandb": "there is no W&B logger; events.jsonl in the run folder holds every number",
     "vit_patch": "the patch size belongs to the trunk's weights; choose another --method or --backbone",
 }
 

@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from .config import Config, make_backbone, make_data, make_model, parse_command
 from .data import Data, EvalBatches, PictureDataset, make_loader
 from .evaluate import evaluate, format_table, report_metrics
+from .finetune import VisualTrainer, make_visual_model
 from .metrics import ALPHAS
 from .model import LLB
 from .runtime import InputError, Runtime, command, main_first, on_main, restarts, say, start_runtime
@@ -30,12 +31,13 @@ def train(
         data = make_data(config)
         torch.manual_seed(config.seed)
         backbone = main_first(lambda: make_backbone(config, len(data.classes)))
-        model = make_model(config, backbone, len(data.classes))
+        visual = config.objective == "visual"
+        model = (make_visual_model if visual else make_model)(config, backbone, len(data.classes))
         say(f"{len(data.train)} training, {len(data.selection)} selection and {len(data.val)} validation pictures of {len(data.classes)} classes; "
             f"{backbone.name} ({backbone.source}); {sum(p.numel() for p in model.head.parameters()) / 1e6:.1f} M trained parameters; "
             f"{runtime.world_size} process(es) on {runtime.device.type}.")
         if config.eval: return score(model, data, config, runtime)
-        metrics = Trainer(model, data, config, runtime).fit()
+        metrics = (VisualTrainer if visual else Trainer)(model, data, config, runtime).fit()
         say(f"Run folder: {config.run_folder}")
         return metrics
 

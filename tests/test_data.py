@@ -3,6 +3,7 @@ import csv
 import random
 import re
 import shutil
+import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -218,3 +219,28 @@ def test_fingerprint_sees_names_labels_and_sizes(tmp_path):
     assert scan_folder(folder).fingerprint() != before and scan_folder(folder).fingerprint(sizes=False) == plain
     (folder / "circle/01.png").rename(folder / "square/99.png")
     assert scan_folder(folder).fingerprint(sizes=False) != plain
+
+
+WITH_WORKERS = """
+import os, signal, sys, time
+from pathlib import Path
+from llb.data import PictureDataset, TrainBatches, make_loader, scan_folder
+def slow(picture): time.sleep(.05); return 0
+loader = make_loader(PictureDataset(scan_folder(sys.argv[1]), slow), TrainBatches(60, 2, 0), workers=2)
+batches = iter(loader)
+next(batches)
+workers = [p.pid for p in batches._workers]
+for pid in workers: os.kill(pid, signal.SIGINT)
+for pid in workers: os.system(f"kill -TERM {pid}")   # from another process than the parent
+left = sum(1 for _ in batches)
+print(left, all(Path(f"/proc/{pid}").exists() for pid in workers), flush=True)
+keep = iter(loader); next(keep)   # the program ends, or fails, with its loader in use
+1 / 0
+"""
+
+
+@pytest.mark.slow
+def test_loader_workers_obey_their_parent_only(pictures, start):
+    run = start(sys.executable, "-c", WITH_WORKERS, pictures).finish(40)
+    assert run.out == "29 True\n" and run.code == 1 and "ZeroDivisionError" in run.err
+    run.wait_until_gone()

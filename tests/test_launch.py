@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from llb.config import Config
-from llb.launch import MARK, STAGES, Run, Slurm, attach, main, runs, start
+from llb.launch import STAGES, Run, attach, main, runs, start
+from llb.launchers import MARK, Slurm
 from llb.runs import write_json
 from llb.runtime import InputError
 
