@@ -90,7 +90,6 @@ def load_checkpoint(
             if file_hash(path / name) != wanted[name]: raise InputError(f"The checkpoint {path} is damaged: {name} is not what its manifest says.")
         return join_tensors(load_file(path / STATE_FILES[0]), json.loads((path / STATE_FILES[1]).read_text()))
     except (OSError, ValueError, KeyError, TypeError) as e:
-        if isinstance(e, InputError): raise
         raise InputError(f"The checkpoint {path} is damaged ({type(e).__name__}: {e}).") from e
 
 def checkpoints(folder:Path)->list[Path]: # oldest first

@@ -114,6 +114,7 @@ class RunOptions:
     seed: int = 0                       # of initialisation, order, augmentation and the selection split
     device: str = "auto"                # auto, cpu, cuda
     amp: bool = False                   # bf16 autocast
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # besides events.jsonl
     log_every: int = 10                 # steps between two lines in events.jsonl
     timeout: float = 600                # seconds a process waits for another that does not answer
 

@@ -71,15 +71,14 @@ def preview(
     cost:Cost,
     config:Config,
     num_pictures:int, # in the training split
-    per_epoch:int,    # optimizer steps
     processes:int=1
 )->str:
     "What a run will take, in words."
-    parts = -(-config.batch_size // config.micro_batches)
+    parts, batch = -(-config.batch_size // config.micro_batches), min(config.batch_size * processes, num_pictures)
     state = 4 * (cost.frozen + cost.trained * (2 if config.opt == "SGD" else 4))   # weights, gradients, moments
     lines = [f"{cost.trained / 1e6:.1f} M trained and {cost.frozen / 1e6:.1f} M frozen parameters; {cost.predict:.1f} GFLOPs to predict and "
              f"{cost.train:.1f} to train on one {cost.image_size}-pixel image.",
              f"About {(state + parts * cost.activations) / 1e9:.1f} GB per process for weights, optimizer and {parts} images at a time, in float32, besides PyTorch itself.",
-             f"{config.epochs} epochs of {per_epoch} steps, {config.batch_size * processes} images each."]
+             f"{config.epochs} epochs of {num_pictures // batch} steps, {batch} images each."]
     if config.cache: lines.append(f"Feature cache of the training pictures: {num_pictures * cost.tokens / 1e6:.0f} MB on disk.")
     return "\n".join(lines)

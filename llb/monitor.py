@@ -6,8 +6,8 @@
 __all__ = ['FIELDS', 'draw_curves', 'draw_usage', 'snapshot_epochs', 'spread', 'draw_snapshots', 'picture_html', 'results_html',
            'run_html', 'Form', 'log_html', 'Logs', 'RunMonitor']
 
-# %% ../nbs/41_monitor.ipynb #4543d963
-import base64, html, re, threading
+# %% ../nbs/41_monitor.ipynb #b9d59221
+import atexit, base64, html, re, threading
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def snapshot_epochs(folder:Path)->list[int]: # in order
 
 def spread(items:list, n:int)->list:
     "At most `n` items, evenly spread, with the first and the last."
-    return [items[i] for i in sorted({round(i * (len(items) - 1) / max(1, n - 1)) for i in range(min(n, len(items)))})] if len(items) > n else items
+    return items if len(items) <= n else [items[round(i * (len(items) - 1) / max(1, n - 1))] for i in range(n)]
 
 def draw_snapshots(
     folder:Path,   # of a run
@@ -69,7 +69,8 @@ def draw_snapshots(
         show_picture(axes[0, m], picture, grid)
         axes[0, m].set_title(f"true: {name(shown['label'][m])}", fontsize=SMALL, color=INK)
         for r, (epoch, seen) in enumerate(zip(epochs, maps), 1):
-            draw_map(axes[r, m], picture, seen["objects"][m].reshape(grid), seen["probability"][m].astype(np.float32).reshape(grid), colours, 4)
+            objects, p = seen["objects"][m].reshape(grid), seen["probability"][m].astype(np.float32).reshape(grid)
+            draw_map(axes[r, m], picture, objects, p, colours, 4)
             guess = seen["label_prediction"][m]
             axes[r, m].set_title(f"label: {name(guess)} {'✓' if guess == shown['label'][m] else '✗'}", fontsize=SMALL, color=INK)
             if m == 0: axes[r, 0].set_ylabel(f"epoch {epoch}", fontsize=SMALL + 1, color=INK)
@@ -108,8 +109,8 @@ def run_html(run:Run)->str:
 
 # %% ../nbs/41_monitor.ipynb #f73f480e
 FIELDS = {  # the values that matter: what they are called in the form
-    "name": "run name", "dataset": "data set", "data_dir": "data folder", "num_objects": "objects", "num_layers": "layers", "target_layer": "target layer",
-    "epochs": "epochs", "batch_size": "batch size", "lr": "learning rate"}
+    "name": "run name", "dataset": "data set", "data_dir": "data folder", "num_objects": "objects", "num_layers": "layers",
+    "target_layer": "target layer", "epochs": "epochs", "batch_size": "batch size", "lr": "learning rate"}
 _WIDE = {"description_width": "9em"}
 
 class Form:
@@ -149,7 +150,7 @@ class Form:
             kind, text = kinds[name], box.value.strip()
             try: values[name] = None if not text else int(text) if kind is int else float(text) if kind is float else text
             except ValueError: raise InputError(f"{FIELDS[name]} is {text!r}, but it must be a number.") from None
-            if values[name] is None and not ("None" in str(kind)): raise InputError(f"{FIELDS[name]} is empty, but it is needed.")
+            if values[name] is None and "None" not in str(kind): raise InputError(f"{FIELDS[name]} is empty, but it is needed.")
         return Config.from_dict(values)
 
 # %% ../nbs/41_monitor.ipynb #99a38fcc
@@ -186,15 +187,17 @@ class RunMonitor:
         every_s:float=1.0            # between two looks
     ):
         self.run = run if run is None or isinstance(run, Run) else attach(run)
-        self.every_s, self._lock, self._pages, self._drawn, self._thread = every_s, threading.RLock(), [], None, None
+        self.every_s, self._lock, self._over, self._thread = every_s, threading.RLock(), threading.Event(), None
+        self._pages, self._drawn = [], None
         if config is None and self.run is not None and self.run.record: config = Config.from_file(self.run.launch / "config.json")
         self.form, self.logs = Form(config, config.save_dir if config else save_dir, nproc), Logs()
         self.buttons = {name: widgets.Button(description=name, tooltip=text, icon=icon) for name, text, icon in (
             ("Start", "Start a run with these values", "play"), ("Stop", "Let the run finish its step, save and leave", "stop"),
             ("Resume", "Go on with the stopped run", "forward"))}
-        for name, button in self.buttons.items(): button.on_click(lambda _, act=name.lower(): self._try(getattr(self, act)))
-        self.status, self.bar = widgets.HTML(), widgets.FloatProgress(0, min=0, max=1, description="progress", style=_WIDE)
-        self.panel = widgets.VBox([self.form.panel, widgets.HBox(list(self.buttons.values())), self.bar, self.status, self.logs.panel])
+        for name, button in self.buttons.items(): button.on_click(lambda _, name=name: self._try(getattr(self, name.lower())))
+        self.status, self.alert = widgets.HTML(), widgets.HTML()
+        self.bar = widgets.FloatProgress(0, min=0, max=1, description="progress", style=_WIDE)
+        self.panel = widgets.VBox([self.form.panel, widgets.HBox(list(self.buttons.values())), self.alert, self.bar, self.status, self.logs.panel])
         self.refresh()
 
     def start(self):
@@ -215,25 +218,22 @@ class RunMonitor:
         self.refresh()
 
     def _try(self, act):
+        self.alert.value = ""
         try: act()
-        except InputError as e: self.say(str(e), role="alert")
-
-    def say(self, text:str, role:str="status"):
-        "A line for a person, announced by screen readers when it changes."
-        line = f'<div role="{role}" aria-live="polite">{html.escape(text)}</div>'
-        if self.status.value != line: self.status.value = line
+        except InputError as e: self.alert.value = f'<div role="alert">{html.escape(str(e))}</div>'
 
     def refresh(self)->State|None:
         "Look once, and show what has changed."
         with self._lock:
             state = self.run.state if self.run else None
-            for name, ready in (("Start", not (state and state.live)), ("Stop", state and state.live), ("Resume", state and state.name in ("stopped", "failed"))):
-                self.buttons[name].disabled = not ready
+            live, ended = state is not None and state.live, state is not None and state.name in ("stopped", "failed")
+            for name, ready in dict(Start=not live, Stop=live, Resume=ended).items(): self.buttons[name].disabled = not ready
             if state is None: return None
             progress = self.run.progress()
             self.bar.value = progress.step / progress.steps if progress else 0
             self.bar.bar_style = {"done": "success", "failed": "danger", "stopped": "warning"}.get(state.name, "")
-            self.say(f"{self.run.folder.name}: {state}" + (f"; {progress}" if progress else ""))
+            line = html.escape(f"{self.run.folder.name}: {state}" + (f"; {progress}" if progress else ""))
+            self.status.value = f'<div role="status" aria-live="polite">{line}</div>'
             self.logs.refresh(self.run)
             self.draw(state)
             return state
@@ -250,12 +250,19 @@ class RunMonitor:
         "Refresh in a thread for as long as the run lives."
         self.refresh()
         if self._thread is None or not self._thread.is_alive():
+            self._over.clear()
             self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
             self._thread.start()
+            atexit.register(self.close)   # a thread that draws while Python ends takes Python down with it
+
+    def close(self):
+        "Stop watching; the run is not touched."
+        self._over.set()
+        if self._thread: self._thread.join()
+        atexit.unregister(self.close)
 
     def _watch(self):
-        pause = threading.Event()
-        while (state := self.refresh()) and state.live: pause.wait(self.every_s)
+        while not self._over.is_set() and (state := self.refresh()) and state.live: self._over.wait(self.every_s)
 
     def _ipython_display_(self):
         display(self.panel)

@@ -6,10 +6,8 @@
 __all__ = ['REFERENCE_FAMILIES', 'reference_name', 'reference_family', 'load_reference_checkpoint', 'to_reference_state_dict']
 
 # %% ../nbs/05_release.ipynb #ea782cd4
-import math, re
+import re
 from pathlib import Path
-
-import torch
 
 from .backbones import backbone_from_state
 from .model import LLB

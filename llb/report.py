@@ -41,6 +41,8 @@ def read_run(
     if not (folder / "metrics.json").exists():
         raise InputError(f"{str(folder)!r} holds no finished run (there is no metrics.json); finish it with `llb train --resume`.")
     config = Config.from_file(folder / "config.json")
+    if not (folder / "model").is_dir():
+        raise InputError(f"{str(folder)!r} holds no LLB: it was a run of --objective {config.objective}, whose trunk has no latent objects to draw.")
     return FinishedRun(folder, config, json.loads((folder / "metrics.json").read_text()), LLB.from_pretrained(folder / "model"), make_data(config))
 
 # %% ../nbs/31_report.ipynb #9258ae30

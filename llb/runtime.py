@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 # %% ../nbs/00_runtime.ipynb #123cfdce
-class InputError(ValueError):
+class InputError(Exception): # no ValueError: parsers of command lines catch those and hide the sentence
     "What the user gave cannot be used; the message says what was wrong and what to do."
 
 def command(

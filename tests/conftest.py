@@ -126,6 +126,7 @@ def train(start):
 
 def _train_here(argv, env, log, patch):
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)   # for loader workers, as in a process that was not forked
     os.environ.update(env)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in 1, 2: os.dup2(file, stream)

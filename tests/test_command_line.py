@@ -17,8 +17,8 @@ from llb.runtime import InputError
 ROOT = Path(__file__).parent.parent
 
 OURS = set("""alpha amp augment backbone batch_size cache checkpoint class_num clip_grad data_dir dataset decay_all device diversity_weight drop_path
-epochs eval gamma image_size local_diversity log_every lr lr_min lr_scheduler micro_batches milestones momentum name num_layers num_objects nv_weights
-opt overwrite random_trunk resume save save_dir save_every seed selection_fraction skip_corrupt step_size t_max target_layer temperature timeout
+epochs eval gamma image_size local_diversity log_every loggers lr lr_min lr_scheduler micro_batches milestones momentum name num_layers num_objects nv_weights
+objective opt overwrite random_trunk resume save save_dir save_every seed selection_fraction skip_corrupt step_size t_max target_layer temperature timeout
 visual_lr warmup_epochs weight_decay workers""".split())
 
 RELEASE = {  # the release's flag, as typed: what it sets here, or None where it describes what is always done
@@ -34,10 +34,10 @@ RELEASE = {  # the release's flag, as typed: what it sets here, or None where it
     "--batch_size 8": {"batch_size": 8}, "--num_workers 1": {"workers": 1}, "--norm": None, "--vit_resolution 384": {"image_size": 384},
     "--vit_ft False": None, "--object_size 9": {"num_objects": 9}, "--num_nvit_layers 4": {"num_layers": 4}, "--target_layer 9": {"target_layer": 9},
     "--initialize xavier": None, "--train_emb": None, "--nv_weights x": {"nv_weights": "x"}, "--freeze": None, "--alpha 0.8": {"alpha": 0.8},
-    "--temperature 0.2": {"temperature": 0.2},
+    "--wandb": {"loggers": ("wandb",)}, "--temperature 0.2": {"temperature": 0.2},
 }
 REFUSED = ["--gpu 0,1", "--world-size 4", "--local_rank 0", "--sync-bn", "--rep", "--vit_patch 16", "--initialize one_hot", "--encoder resnet",
-           "--loss focal", "--start_epoch 3", "--vit_ft True", "--wandb"]
+           "--loss focal", "--start_epoch 3", "--vit_ft True"]
 
 
 def test_our_flags_are_frozen():
