@@ -25,27 +25,26 @@ class Process:
     started: str         # as the system counts; with `pid` it names a process for good
     rank: int|None       # of a worker and its helpers; None for the agent
 
-def start_time(pid:int)->str|None: # None when there is no such process
+def start_time(pid:int)->str|None: # None when it does not run (any more)
     "When a process began, as text that differs between two that had the same id."
-    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    try: state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         if Path("/proc/self").exists(): return None
-    return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True).stdout.strip() or None
+        return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True).stdout.strip() or None
+    return None if state in "ZX" else rest[18]   # ended, and not yet collected by its parent
 
 def marked_processes(
     mark:str,
     agent:dict # {"pid", "started"}
 )->list[Process]:
-    "The live processes that carry a mark; without /proc, the agent."
-    if not Path("/proc/self").exists():
-        return [Process(**agent, rank=None)] if start_time(agent["pid"]) == agent["started"] else []
-    found = []
+    "The live processes of a run: its agent, and all that carry its mark."
+    found = {agent["pid"]: Process(**agent, rank=None)} if start_time(agent["pid"]) == agent["started"] else {}
     for folder in Path("/proc").glob("[0-9]*"):
         try: env = dict(x.split("=", 1) for x in (folder / "environ").read_text(errors="replace").split("\0") if "=" in x)
         except OSError: continue   # it has just ended, or is another user's
-        if env.get(MARK) == mark and (started := start_time(int(folder.name))):
-            found.append(Process(int(folder.name), started, int(env["RANK"]) if "RANK" in env else None))
-    return sorted(found, key=lambda p: p.pid)
+        if env.get(MARK) == mark and (started := start_time(pid := int(folder.name))):
+            found[pid] = Process(pid, started, int(env["RANK"]) if "RANK" in env else None)
+    return sorted(found.values(), key=lambda p: p.pid)
 
 # %% ../nbs/39_launchers.ipynb #1c915944
 LEAVE_S = 20  # seconds a worker has to save and leave after SIGTERM

@@ -98,8 +98,7 @@ def results_html(run:RunFolder)->str: # "" until the run is done
 
 def run_html(run:Run)->str:
     "All there is to see of a run, as HTML that needs no kernel."
-    title = f"{run.folder.name}: {run.state}" + (f" ({run.progress()})" if run.progress() else "")
-    parts = [f"<h4>{html.escape(title)}</h4>"]
+    parts = [f"<h4>{html.escape(f'{run.folder.name}: {run.state}; {len(snapshot_epochs(run.folder))} epochs')}</h4>"]
     for draw, text in ((lambda: draw_curves(run), "Curves of loss, object entropy, accuracy and learning rate by epoch"),
                        (lambda: draw_snapshots(run.folder), "Assignment maps of a few selection pictures, a row for each epoch"),
                        (lambda: draw_usage(run), "Perplexity of the latent objects and number of dead objects by epoch")):
@@ -188,12 +187,11 @@ class RunMonitor:
     ):
         self.run = run if run is None or isinstance(run, Run) else attach(run)
         self.every_s, self._lock, self._over, self._thread = every_s, threading.RLock(), threading.Event(), None
-        self._pages, self._drawn = [], None
+        self._pages, self._drawn, self._wanted = [], None, False
         if config is None and self.run is not None and self.run.record: config = Config.from_file(self.run.launch / "config.json")
         self.form, self.logs = Form(config, config.save_dir if config else save_dir, nproc), Logs()
-        self.buttons = {name: widgets.Button(description=name, tooltip=text, icon=icon) for name, text, icon in (
-            ("Start", "Start a run with these values", "play"), ("Stop", "Let the run finish its step, save and leave", "stop"),
-            ("Resume", "Go on with the stopped run", "forward"))}
+        self.buttons = {name: widgets.Button(description=name, tooltip=text) for name, text in dict(
+            Start="Start a run with these values", Stop="Let the run finish its step, save and leave", Resume="Go on with the stopped run").items()}
         for name, button in self.buttons.items(): button.on_click(lambda _, name=name: self._try(getattr(self, name.lower())))
         self.status, self.alert = widgets.HTML(), widgets.HTML()
         self.bar = widgets.FloatProgress(0, min=0, max=1, description="progress", style=_WIDE)
@@ -235,34 +233,44 @@ class RunMonitor:
             line = html.escape(f"{self.run.folder.name}: {state}" + (f"; {progress}" if progress else ""))
             self.status.value = f'<div role="status" aria-live="polite">{line}</div>'
             self.logs.refresh(self.run)
-            self.draw(state)
             return state
 
     def draw(self, state:State):
-        "Draw the page anew when an epoch has ended or the state is another."
+        "Draw the page anew when an epoch has ended or the state is another; it takes seconds, so the thread does it."
         drawn = (str(self.run.folder), state, len(snapshot_epochs(self.run.folder)))
         if not self._pages or self._drawn == drawn: return
         page = HTML(run_html(self.run))
+        if self._over.is_set(): return   # the kernel is leaving
         for handle in self._pages: handle.update(page)
         self._drawn = drawn
 
     def watch(self):
-        "Refresh in a thread for as long as the run lives."
+        "Refresh and draw in a thread for as long as the run lives."
         self.refresh()
-        if self._thread is None or not self._thread.is_alive():
-            self._over.clear()
-            self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
-            self._thread.start()
-            atexit.register(self.close)   # a thread that draws while Python ends takes Python down with it
+        with self._lock:
+            self._wanted = True
+            if self._thread is None:
+                self._over.clear()
+                self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
+                self._thread.start()
+                atexit.register(self.close)   # a thread that draws while Python ends takes Python down with it
 
     def close(self):
         "Stop watching; the run is not touched."
         self._over.set()
-        if self._thread: self._thread.join()
+        if thread := self._thread: thread.join()
         atexit.unregister(self.close)
 
     def _watch(self):
-        while not self._over.is_set() and (state := self.refresh()) and state.live: self._over.wait(self.every_s)
+        while True:
+            with self._lock: self._wanted = False
+            state = self.refresh()
+            self.draw(state)
+            with self._lock:
+                if self._over.is_set() or not (state.live or self._wanted):
+                    self._thread = None
+                    return
+            self._over.wait(self.every_s)
 
     def _ipython_display_(self):
         display(self.panel)

@@ -136,8 +136,8 @@ def _train_here(argv, env, log, patch):
 
 
 class Forked:
-    "The training command in one or several processes that are forked, not started."
-    def __init__(self, log, processes=1, patch=None, patch_rank=0, **options):
+    "The training command in one or several processes that are forked, not started; `patch` (a function and its arguments) is called in one or all first."
+    def __init__(self, log, processes=1, patch=None, patch_rank=None, **options):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["llb.train"])
         with socket.socket() as s:
@@ -148,7 +148,7 @@ class Forked:
         for rank in range(processes):
             env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if processes > 1 else {}
             process = context.Process(target=_train_here, args=(argv, {k: str(v) for k, v in env.items()}, str(log),
-                                                                patch if rank == patch_rank else None))
+                                                                patch if patch_rank in (None, rank) else None))
             process.start()
             self.ranks.append(process)
 

@@ -1,4 +1,5 @@
 """The index against hand-made cases, brute force and scikit-learn; memory that does not grow with the data."""
+import json
 import resource
 import time
 import tracemalloc
@@ -11,11 +12,13 @@ from sklearn.metrics import mutual_info_score
 from torch import nn
 from torch.utils.data import Dataset
 
-from llb.analysis import (association, branch_agreement, build_index, exemplars, index_scores, object_table, open_index, partners,
-                          pictures_with, summarise)
+from llb.analysis import (association, branch_agreement, build_index, exemplars, index_run, index_scores, load_run, object_table,
+                          open_index, partners, pictures_with, summarise)
 from llb.backbones import load_backbone
+from llb.config import Config, make_backbone, make_data, make_model
 from llb.data import EvalBatches, PictureDataset, load_data, make_loader
-from llb.effects import area, attribution, build_effects, class_effects, faithfulness, label_logits, mean_embedding, occlusion, open_effects
+from llb.effects import (area, attribution, build_effects, class_effects, effects_of_run, faithfulness, label_logits, mean_embedding,
+                         occlusion, open_effects)
 from llb.features import FeatureDataset, build_store
 from llb.metrics import measure
 from llb.model import LLB
@@ -264,6 +267,23 @@ def test_memory_does_not_grow_with_the_data(model, tmp_path):
     peak(1)
     (small, before), (large, after) = peak(1), peak(10)
     assert large - small < 3 and after - before < 30, (small, large, before, after)   # MB; 10 times the file names are among it
+
+
+def test_a_run_is_indexed_once_and_again_when_its_model_changes(tmp_path):
+    config = Config(image_size=28, num_objects=5, num_layers=2, workers=0)
+    model = make_model(config, make_backbone(config, C), C)
+    def write():
+        model.save_pretrained(tmp_path / "model")
+        (tmp_path / "config.json").write_text(json.dumps({"config": config.to_dict()}))
+    write()
+    index, effects = effects_of_run(tmp_path, "selection", "cpu", count=2)
+    assert len(index) == len(effects) == len(make_data(config).selection) and (tmp_path / "objects/selection/index.json").exists()
+    stamp = index.rows.path.stat().st_mtime_ns
+    assert index_run(tmp_path, "selection", "cpu").rows.path.stat().st_mtime_ns == stamp
+    with torch.no_grad(): model.head.objects.embeddings.add_(1)
+    write()
+    assert index_run(tmp_path, "selection", "cpu").rows.path.stat().st_mtime_ns > stamp and not index.rows.path.with_name("effects.safetensors").exists()
+    with pytest.raises(InputError, match="no split"): load_run(tmp_path, "test", "cpu")
 
 
 @pytest.mark.slow

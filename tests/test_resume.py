@@ -84,7 +84,7 @@ def random_places(seed, n):
     return [(rng.choice([6, 7, 13]) if i % 3 == 0 else rng.randrange(1, 21), rng.random() < .5) for i in range(n)]
 
 
-def interrupted(forked, pictures, folder, processes, workers, patch, patch_rank=0, **options):
+def interrupted(forked, pictures, folder, processes, workers, patch, patch_rank, **options):
     "Run until killed, and resume."
     options = dict(data_dir=pictures, save_dir=folder, workers=workers, **{**OPTIONS, "batch_size": 6 // processes, **options})
     first = forked(processes, patch=patch, patch_rank=patch_rank, **options)
@@ -111,13 +111,13 @@ SAVING = [("pathlib:Path", "write_bytes", 4), ("os", "fsync", 5), ("pathlib:Path
 
 @pytest.mark.parametrize("owner,name,count", SAVING, ids=[f"{n}-{c}" for _, n, c in SAVING])
 def test_kill_while_saving(owner, name, count, pictures, tmp_path, forked, wanted):
-    interrupted(forked, pictures, tmp_path, 1, 0, (at_call, owner, name, count))
+    interrupted(forked, pictures, tmp_path, 1, 0, (at_call, owner, name, count), patch_rank=0)
     assert results(tmp_path / "run") == wanted[1]
     assert not [p for p in (tmp_path / "run/checkpoints").iterdir() if len(p.name) != len("step-00000000")], "a kill's leavings are swept up"
 
 
 def test_kill_while_saving_with_two_processes(pictures, tmp_path, forked, wanted):
-    interrupted(forked, pictures, tmp_path, 2, 0, (at_call, "pathlib:Path", "rename", 2))
+    interrupted(forked, pictures, tmp_path, 2, 0, (at_call, "pathlib:Path", "rename", 2), patch_rank=0)
     assert results(tmp_path / "run") == wanted[2]
 
 
@@ -268,7 +268,7 @@ def seen_pictures(folder):
 
 @pytest.mark.parametrize("before,after", [(2, 1), (1, 2)])
 def test_resume_with_another_number_of_processes(before, after, pictures, tmp_path, forked, wanted):
-    "The global batch stays: the same pictures and pixels in each step; parameters agree up to rounding."
+    "The global batch stays: the same pictures and pixels in each step; parameters agree up to rounding (measured: 3e-6)."
     options = dict(data_dir=pictures, save_dir=tmp_path, **{**OPTIONS, "drop_path": 0})
     for name, first, second in ("whole", before, None), ("run", before, after):
         (tmp_path / f"seen-{name}").mkdir()
@@ -278,11 +278,13 @@ def test_resume_with_another_number_of_processes(before, after, pictures, tmp_pa
         if second:
             run = forked(second, patch=(seen_pictures, str(tmp_path / f"seen-{name}")), **{**options, "name": name, "batch_size": 6 // first, "resume": True})
             assert run.finish() == [0] * second, run.text
+    seen = {n: sorted(line for f in (tmp_path / f"seen-{n}").iterdir() for line in f.read_text().splitlines()) for n in ("whole", "run")}
+    assert seen["whole"] == seen["run"] and len(seen["whole"]) == 3 * 7 * 6
     a, b = (load_file(tmp_path / n / "model/model.safetensors") for n in ("whole", "run"))
     largest = max(float(v.abs().max()) for v in a.values())
     difference = max(float((a[k] - b[k]).abs().max()) for k in a) / largest
     print(f"relative difference {difference:.1e}")
-    assert difference < 1e-4
+    assert difference < 3e-5
     one, other = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("whole", "run"))
     assert one["seen"] == other["seen"] and one["chosen_epoch"]["step"] == other["chosen_epoch"]["step"]
     assert one["label"]["nll"] == pytest.approx(other["label"]["nll"], rel=1e-4)

@@ -36,7 +36,7 @@ def test_a_whole_run(processes, pictures, tmp_path, train):
 
     about = json.loads((folder / "config.json").read_text())
     assert about["config"]["num_objects"] == 8 and about["processes"] == processes and about["global_batch"] == 8 * processes
-    assert about["environment"]["torch"] == torch.__version__ and {"python", "timm", "commit"} <= set(about["environment"])
+    assert torch.__version__.startswith(about["environment"]["torch"]) and {"python", "timm", "commit"} <= set(about["environment"])
     assert about["trunk"]["source"] == "random" and len(about["trunk"]["content_hash"]) == 16
     assert about["classes"] == ["circle", "square", "triangle"] and set(about["splits"]) == {"train", "selection", "val"}
 
