@@ -30,7 +30,10 @@ check: .venv/.ready ## the fast checks, before a commit: notebooks and package a
 test: check ## everything that can be tested on a CPU
 	@$(BIN)/llb fetch
 	@$(RUN) nbdev_test --n_workers 2 --do_print --timing
-	@$(RUN) pytest -m slow
+	@$(RUN) pytest -m "slow and not browser"
+
+test-browser: .venv/.ready ## the notebooks in JupyterLab, driven through Chromium
+	@$(RUN) pytest -m browser
 
 lab: .venv/.ready ## JupyterLab on the quickstart
 	@$(BIN)/llb fetch

@@ -7,7 +7,7 @@ __all__ = ['STATE_FILES', 'split_tensors', 'join_tensors', 'save_checkpoint', 'l
            'prune_checkpoints']
 
 # %% ../nbs/14_checkpoints.ipynb #c5a8c56f
-import hashlib, json, os, shutil, tempfile
+import hashlib, json, os, shutil
 from pathlib import Path
 
 from safetensors.torch import load_file, save

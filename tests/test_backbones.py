@@ -113,7 +113,7 @@ def test_hub_arguments(monkeypatch, capsys):
     monkeypatch.setattr(timm, "create_model", hub)
     b = load_backbone("timm_augreg_in21k_ft_in1k/TINY", num_classes=365, image_size=32)
     assert asked == dict(name="vit_tiny_patch16_224.augreg_in21k_ft_in1k", num_classes=0, img_size=(32, 32))
-    assert "1000 classes, not 365" in capsys.readouterr().err and "resampled" in b.source and b.reloadable
+    assert "1000 classes, not 365" in capsys.readouterr().out and "resampled" in b.source and b.reloadable
     assert b.spec["name"] == "timm_augreg_in21k_ft_in1k/Tiny" and b.preprocessing.mean == (.5, .5, .5)
 
 

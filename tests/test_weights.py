@@ -187,9 +187,9 @@ def test_strict(tmp_path, capsys):
             load_backbone(NAME, checkpoint=tmp_path / "w.safetensors")
     save_file(good, tmp_path / "w.safetensors")
     capsys.readouterr()
-    assert load_backbone(NAME, checkpoint=tmp_path / "w.safetensors").num_classes == CLASSES and not capsys.readouterr().err
+    assert load_backbone(NAME, checkpoint=tmp_path / "w.safetensors").num_classes == CLASSES and not capsys.readouterr().out
     assert load_backbone(NAME, checkpoint=tmp_path / "w.safetensors", num_classes=9).num_classes == 0
-    assert f"{CLASSES} classes, not 9" in capsys.readouterr().err
+    assert f"{CLASSES} classes, not 9" in capsys.readouterr().out
 
 
 def test_family_must_match_the_method(tmp_path):
