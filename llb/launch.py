@@ -99,12 +99,13 @@ class RunFolder:
         if self.launch is None: return ""
         printed = self.log(tail=2000)
         if sentence := re.search(r"^(?:\[rank \d+\] )?error: (.*)", printed, re.MULTILINE): return sentence[1]
-        cause = re.search(r"rank +: (\d+).*?Signal \d+ \((SIG\w+)\) received", printed.rpartition("Root Cause")[2], re.DOTALL)
-        if cause: return f"rank {cause[1]} was ended by {cause[2]}" + ", which the system sends when memory runs out" * (cause[2] == "SIGKILL")
         files = sorted(self.launch.glob("ranks/*/attempt_*/*/error.json"), key=lambda p: p.stat().st_mtime_ns)
-        for message in (read_json(p).get("message") for p in files):
-            if isinstance(message, dict): return message.get("extraInfo", {}).get("py_callstack") or message["message"]
-        return ""
+        raised = [m for p in files if isinstance(m := read_json(p).get("message"), dict)]
+        ended = re.findall(r"rank +: (\d+)[^\[]*?Signal \d+ \((SIG\w+)\) received", printed)
+        if ended and (not raised or re.search("connection|peer|nccl", raised[0]["message"], re.IGNORECASE)):
+            rank, name = min(ended, key=lambda x: x[1] == "SIGTERM")   # torchrun sends that to the others
+            return f"rank {rank} was ended by {name}" + ", which the system sends when memory runs out" * (name == "SIGKILL")
+        return (raised[0].get("extraInfo", {}).get("py_callstack") or raised[0]["message"]) if raised else ""
 
 # %% ../nbs/40_launch.ipynb #64768589
 STAGES = ("finishing the step and saving", "told to leave (SIGTERM)", "being killed (SIGKILL)")
