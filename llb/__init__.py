@@ -13,6 +13,7 @@ _HOME = {
     "LLBOutput": "model",
     "Config": "config",
     "load_data": "data",
+    "load_dataset": "datasets",
     "load_reference_checkpoint": "release",
     "to_reference_state_dict": "release",
     "Trainer": "trainer",
