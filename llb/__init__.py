@@ -17,6 +17,9 @@ _HOME = {
     "load_reference_checkpoint": "release",
     "to_reference_state_dict": "release",
     "Trainer": "trainer",
+    "start": "launch",
+    "attach": "launch",
+    "RunMonitor": "monitor",
 }
 __all__ = list(_HOME)
 

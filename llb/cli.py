@@ -12,6 +12,7 @@ from importlib import import_module
 # %% ../nbs/90_cli.ipynb #9f2c68dc
 COMMANDS = {  # name: (module with a main(argv), what it does)
     "train": ("llb.train", "train LLB on a frozen backbone (also: torchrun -m llb.train)"),
+    "launch": ("llb.launch", "start, list, look at and stop runs that go on by themselves"),
     "report": ("llb.report", "draw the pictures of a finished run"),
     "recipes": ("llb.recipes", "list the paper's systems as recipes, with their cost"),
     "fetch": ("llb.weights", "fetch the embedded backbone into the cache"),

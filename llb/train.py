@@ -67,4 +67,4 @@ def main(argv:list[str]|None=None): # the words after the command; None for this
 
 # %% ../nbs/20_train.ipynb #6310d889
 #| eval: false
-if __name__ == "__main__": main()
+if __name__ == "__main__" and "__file__" in globals(): main()

@@ -62,7 +62,7 @@ for name in sys.argv[1:]:
         os._exit(all(hasattr(module, n) for n in getattr(module, "__all__", [])) - 1)
     if os.waitpid(child, 0)[1]: failed.append(name)
 assert "llb" not in sys.modules
-sys.exit(", ".join(failed))
+sys.exit(", ".join(failed) or 0)
 """
     done = subprocess.run([sys.executable, "-c", alone, *MODULES], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -155,10 +155,10 @@ def test_wheel(tmp_path):
     assert not any(tool in line for line in required for tool in ("nbdev", "fastcore", "jupyterlab", "pytest", "playwright"))
     assert any(line.startswith("Requires-Dist: torch>=2.10") for line in required)
     wheel.extractall(tmp_path / "site")
-    done = subprocess.run([sys.executable, "-c", IMPORT_ALL, *MODULES], capture_output=True, text=True, timeout=120, cwd=tmp_path,
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL, *MODULES], capture_output=True, text=True, timeout=120, cwd=tmp_path / "site",
                           env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "site/llb/__init__.py")   # not the checkout
     done = subprocess.run([sys.executable, "-c", "from llb.config import parse_command; print(parse_command(['--recipe', 'demo']).cache)"],
-                          capture_output=True, text=True, timeout=60, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
+                          capture_output=True, text=True, timeout=60, cwd=tmp_path / "site", env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
     assert done.stdout.strip() == "True", done.stderr
