@@ -231,12 +231,11 @@ def kill_once(folder):
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0": at_step(9, signal.SIGKILL, True)
 
 
-@pytest.mark.xfail(strict=False, reason="on a loaded machine gloo sometimes refuses the first connection of the restarted processes; cause unknown")
 def test_torchrun_restarts_by_itself(pictures, tmp_path, start, wanted):
     options = {**TINY, **OPTIONS, "batch_size": 3, "data_dir": pictures, "save_dir": tmp_path}
     program = tmp_path / "program.py"
     program.write_text("import sys\nfrom llb import train\nfrom test_resume import kill_once\nkill_once(None)\ntrain.main(sys.argv[1:])\n")
-    run = start(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3", program, *flags(**options),
+    run = start(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", program, *flags(**options),
                 env={"PYTHONPATH": os.path.dirname(__file__)}).finish(90)
     assert run.code == 0, run.err
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
