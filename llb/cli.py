@@ -12,6 +12,7 @@ from importlib import import_module
 # %% ../nbs/90_cli.ipynb #9f2c68dc
 COMMANDS = {  # name: (module with a main(argv), what it does)
     "train": ("llb.train", "train LLB on a frozen backbone (also: torchrun -m llb.train)"),
+    "check-data": ("llb.check_data", "read every picture a training run would read"),
     "launch": ("llb.launch", "start, list, look at and stop runs that go on by themselves"),
     "report": ("llb.report", "draw the pictures of a finished run"),
     "recipes": ("llb.recipes", "list the paper's systems as recipes, with their cost"),
@@ -20,7 +21,7 @@ COMMANDS = {  # name: (module with a main(argv), what it does)
 
 def usage()->str:
     "The map of all subcommands."
-    lines = [f"  llb {name:<8} {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  llb {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(["usage: llb COMMAND [FLAGS]", "", *lines, "", "llb COMMAND --help explains a command."])
 
 def main(argv:list[str]|None=None): # the words after `llb`; None for this program's own

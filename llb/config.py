@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'ModelOptions', 'DataOptions', 'OptimOptions', 'RunOptions', 'VisualOptions', 'Config', 'recipe_file',
-           'parse_command', 'make_data', 'make_backbone', 'make_model', 'load_trained']
+           'parse_command', 'list_data', 'make_data', 'make_backbone', 'make_model', 'load_trained']
 
 # %% ../nbs/12_config.ipynb #1c5ec52c
 import argparse, json, sys
@@ -15,7 +15,8 @@ from typing import Literal
 import tyro
 
 from .backbones import Backbone, load_backbone
-from .data import Data, without_corrupt
+from .corrupt import refuse_corrupt, without_corrupt
+from .data import Data
 from .datasets import load_dataset
 from .flags import translate
 from .model import LLB
@@ -198,14 +199,21 @@ def parse_command(
                     description="Train LLB on a frozen backbone. --recipe NAME or --config FILE (TOML, or a run's config.json) sets all values first.")
 
 # %% ../nbs/12_config.ipynb #29461f24
+def list_data(
+    config:DataOptions
+)->Data:
+    "The three splits a configuration names, readable or not. Raises `InputError` for missing or unsuitable folders."
+    return load_dataset(config.dataset, config.data_dir, config.class_num, config.selection_fraction, config.seed)
+
 def make_data(
     config:DataOptions
 )->Data:
-    "The three splits a configuration names. Raises `InputError` for missing or unsuitable folders."
-    data = load_dataset(config.dataset, config.data_dir, config.class_num, config.selection_fraction, config.seed)
+    "The same, without pictures known to be unreadable: they are refused with `InputError`, or left out where that was asked for."
+    data = list_data(config)
     if config.skip_corrupt:
         data, reasons = without_corrupt(data)
         say("\n".join([f"Left out {len(reasons)} unreadable pictures:", *reasons]) if reasons else "All pictures can be read.")
+    else: refuse_corrupt(data)
     return data
 
 def make_backbone(config:ModelOptions, num_classes:int)->Backbone:

@@ -6,6 +6,7 @@ import shutil
 import sys
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from conftest import draw, make_pictures
 from PIL import Image
 
 from llb.config import Config, make_data
-from llb.data import CorruptPicture, PictureDataset, TrainBatches, check_labels, find_corrupt, load_data, make_loader, scan_folder, without_corrupt
+from llb.corrupt import find_corrupt, known_corrupt, without_corrupt
+from llb.data import CorruptPicture, PictureDataset, TrainBatches, check_labels, decode, load_data, make_loader, scan_folder
 from llb.runtime import InputError
 
 CLIPART = Path(__file__).parent.parent / "data" / "openclipart"
@@ -56,7 +58,7 @@ def test_no_two_bundled_files_are_equal_across_splits():
 def test_every_bundled_picture_decodes():
     for split in "train", "val":
         pictures = scan_folder(CLIPART, split)
-        assert find_corrupt(pictures) == {}
+        assert find_corrupt(pictures.paths) == {}
     assert pictures.open(0).size == (224, 224) and pictures.open(0).mode == "RGB"
 
 
@@ -142,7 +144,14 @@ def broken(tmp_path):
     return folder
 
 
-def test_corrupt_pictures_are_found_and_left_out(broken, capsys):
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    "An empty cache."
+    monkeypatch.setenv("LLB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_corrupt_pictures_are_found_and_left_out(broken, capsys, cache):
     data = load_data(broken)
     clean, reasons = without_corrupt(data)
     names = {"circle/03.png", "square/04.png", "triangle/05.png"}
@@ -153,6 +162,36 @@ def test_corrupt_pictures_are_found_and_left_out(broken, capsys):
     captured = capsys.readouterr()
     said = captured.out + captured.err
     assert "3 unreadable" in said and all(n in said for n in names)
+
+
+def test_what_a_check_found_is_remembered(broken, cache, monkeypatch):
+    decoded = []
+    monkeypatch.setattr("llb.corrupt.decode", lambda path: decoded.append(path) or decode(path))
+    config = Config(dataset="ImageFolder", data_dir=str(broken), skip_corrupt=True)
+    assert sum(map(len, vars(make_data(config)).values())) == 57 and len(decoded) == 60
+    make_data(replace(config, seed=1))   # other splits of the same files
+    assert len(decoded) == 60
+    with pytest.raises(InputError, match="3 of these pictures are known to be unreadable; the first: .*circle/03.png"):
+        make_data(replace(config, skip_corrupt=False))
+    shutil.copy(broken / "circle/02.png", broken / "circle/03.png")
+    assert sum(map(len, vars(make_data(config)).values())) == 58 and len(decoded) == 120
+    for note in (cache / "checked").iterdir(): note.write_text('{"tor')
+    assert known_corrupt(make_data(config)) is None and len(decoded) == 180   # what is left was never checked as such
+
+
+def test_a_cache_that_cannot_be_written(broken, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LLB_CACHE", str(tmp_path / "file"))
+    assert len(without_corrupt(load_data(broken))[1]) == 3 and "cannot be remembered" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--dataset", "ImageFolder"], ["--dataset", "ImageFolder", "--data_dir", "nowhere"]], ids=["broken", "no folder", "wrong folder"])
+def test_check_data_command(flags, broken, tmp_path, start):
+    if not flags: flags = ["--dataset", "ImageFolder", "--data_dir", broken]
+    run = start(sys.executable, "-c", "from llb.cli import main; main()", "check-data", *flags, env={"LLB_CACHE": str(tmp_path / "cache")}).finish()
+    if broken not in flags: assert run.code == 2 and run.err.startswith("error: ") and run.err.count("\n") == 1
+    else: assert run.code == 1 and run.out.count("cannot be decoded") == 3 and run.err == "", run.err
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -174,7 +213,7 @@ def test_decompression_bomb(factor, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with pytest.raises(CorruptPicture, match="circle/01.png"): pictures.open(bomb)
-        assert list(find_corrupt(pictures)) == [bomb]
+        assert list(find_corrupt(pictures.paths)) == [str(pictures.paths[bomb])]
     assert pictures.open(0).size == (40, 40)
 
 
@@ -205,7 +244,7 @@ def test_odd_class_and_file_names(tmp_path):
     (tmp_path / ".hidden").mkdir()
     (tmp_path / "a b" / "notes.txt").write_text("not a picture")
     data = load_data(tmp_path)
-    assert data.classes == tuple(sorted(ODD)) and find_corrupt(data.train) == {}
+    assert data.classes == tuple(sorted(ODD)) and find_corrupt(data.train.paths) == {}
     assert sum(map(len, (data.train, data.selection, data.val))) == 64
     for file, label in zip(data.train.files, data.train.labels): assert file.split("/")[0] == data.classes[label]
 
