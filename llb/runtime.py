@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'command', 'Runtime', 'pick_device', 'end_with_parent', 'meet', 'start_runtime', 'world_size', 'rank',
-           'restarts', 'sum_over_ranks', 'any_rank', 'gather_objects', 'barrier', 'agreed', 'on_main', 'main_first',
+           'sum_over_ranks', 'any_rank', 'restarted', 'gather_objects', 'barrier', 'agreed', 'on_main', 'main_first',
            'StopFlag', 'seed_from', 'seeded', 'is_interactive', 'progress', 'say']
 
 # %% ../nbs/00_runtime.ipynb #92f39f37
@@ -142,9 +142,6 @@ def world_size()->int: # processes that work together now
 def rank()->int: # of this process among them
     return dist.get_rank() if dist.is_initialized() else 0
 
-def restarts()->int: # how often `torchrun --max-restarts` has started these processes anew
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
 def sum_over_ranks(
     x:Tensor # any shape; the same on every rank
 )->Tensor: # the sum over processes, without gradient
@@ -158,6 +155,10 @@ def any_rank(
 )->list[bool]: # for each flag, whether it is up on at least one process
     "Agree on flags: every process returns the same answer. Runs on the CPU, so it never waits for a GPU."
     return [n > 0 for n in sum_over_ranks(torch.tensor(flags, dtype=torch.int)).tolist()]
+
+def restarted()->bool: # the same on every process, though each machine counts on its own
+    "Whether `torchrun --max-restarts` has started any of these processes anew."
+    return any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)[0]
 
 def gather_objects(
     item # anything picklable, made by this program

@@ -19,7 +19,7 @@ from .evaluate import evaluate, format_table, report_metrics
 from .finetune import VisualTrainer, make_visual_model
 from .metrics import ALPHAS
 from .model import LLB
-from .runtime import InputError, Runtime, command, main_first, on_main, restarts, say, start_runtime
+from .runtime import InputError, Runtime, command, main_first, on_main, restarted, say, start_runtime
 from .trainer import Trainer
 
 # %% ../nbs/20_train.ipynb #cc88300e
@@ -28,7 +28,7 @@ def train(
 )->dict: # what metrics.json holds; {} when the run was stopped
     "Run a configuration from pictures to metrics, in every process `torchrun` started; a run that it restarts is resumed."
     with start_runtime(config.device, config.amp, config.timeout) as runtime:
-        if restarts() and on_main(lambda: any(config.run_folder.glob("*"))): config = replace(config, resume=True, overwrite=False)
+        if restarted() and on_main(lambda: any(config.run_folder.glob("*"))): config = replace(config, resume=True, overwrite=False)
         data = make_data(config)
         torch.manual_seed(config.seed)
         backbone = main_first(lambda: make_backbone(config, len(data.classes)))

@@ -1,4 +1,5 @@
 """What the tests share: a folder of small pictures, and ways to run the training command and to see that nothing of it is left."""
+import hashlib
 import json
 import multiprocessing
 import os
@@ -188,3 +189,30 @@ def wait_for_step(folder, step, command, timeout=60):
         if command.process.poll() is not None: break
         time.sleep(.01)
     pytest.fail(f"step {step} was not reached: {command.finish(5).err}")
+
+
+# A run that was interrupted is compared with one that was not.
+
+OPTIONS = dict(augment="randaugment", drop_path=0.2, epochs=3, batch_size=6)   # everything random that there is; 7 steps an epoch
+
+
+def results(folder):
+    "What must not depend on interruptions: parameters, optimizer state, losses and metrics, as bytes."
+    newest = sorted((folder / "checkpoints").glob("step-????????"))[-1]
+    state = json.loads((newest / "state.json").read_text())
+    for epoch in state["history"]:
+        for timing in "seconds", "images_per_s", "data_wait", "time": epoch.pop(timing, None)
+    state["config"] = {k: v for k, v in state["config"].items() if k not in ("name", "save_dir", "resume", "workers")}
+    hashes = {f: hashlib.sha256((folder / f).read_bytes()).hexdigest() for f in ("model/model.safetensors", "predictions.safetensors", "metrics.json")}
+    return {**hashes, "optimizer": hashlib.sha256((newest / "state.safetensors").read_bytes()).hexdigest(), "state": state, "step": newest.name}
+
+
+@pytest.fixture(scope="session")
+def wanted(tmp_path_factory, pictures):
+    "The results of uninterrupted runs of 1 and 2 processes."
+    folder, found = tmp_path_factory.mktemp("whole"), {}
+    for processes in 1, 2:
+        run = Forked(folder / "log.txt", processes, data_dir=pictures, save_dir=folder, name=str(processes), **OPTIONS | {"batch_size": 6 // processes})
+        assert run.finish() == [0] * processes, run.text
+        found[processes] = results(folder / str(processes))
+    return found

@@ -11,8 +11,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+import llb.corrupt
 from llb.backbones import load_backbone
-from llb.data import EvalBatches
+from llb.data import EvalBatches, decode
 from llb.evaluate import evaluate
 from llb.metrics import Scores, measure
 from llb.model import LLB, LLBLoss, batch_totals
@@ -62,8 +63,16 @@ def evaluation(runtime):
             "metrics": {str(a): measure(scores, a) for a in (0, .5, .8, 1)}}
 
 
+def corrupt(folder):
+    "Which of eleven files cannot be read, and how many of them this process read."
+    read = []
+    llb.corrupt.decode = lambda path: read.append(path) or decode(path)
+    found = llb.corrupt.find_corrupt([Path(folder, f"{i}.png") for i in range(N)])
+    return {"found": sorted(Path(path).name for path in found), "read": len(read)}
+
+
 if __name__ == "__main__":
     with start_runtime("cpu", timeout_s=60) as runtime:
         cases = {f"{u}-{m}-{loc}": gradients(runtime, u, m, loc) for u in (0, 1) for m, loc in ((1, 0), (2, 0), (1, 1))}
-        result = {"gradients": cases, "evaluation": evaluation(runtime)}
+        result = {"gradients": cases, "evaluation": evaluation(runtime), "corrupt": corrupt(sys.argv[1])}
         Path(sys.argv[1], f"{runtime.world_size}-{runtime.rank}.json").write_text(json.dumps(result))

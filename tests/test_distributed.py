@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 TERMS = ("loss", "cross_entropy", "entropy", "patch_entropy", "visual_cross_entropy")
@@ -16,6 +17,8 @@ TERMS = ("loss", "cross_entropy", "entropy", "patch_entropy", "visual_cross_entr
 def results(tmp_path_factory):
     "What each process of 1, 2 and 3 found, by world size."
     folder, script = tmp_path_factory.mktemp("ranks"), Path(__file__).with_name("ranks.py")
+    for i in range(11): Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
+    for i in 3, 4, 10: (folder / f"{i}.png").write_bytes(b"not a picture")
     for n in 1, 2, 3:
         launcher = [] if n == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
         done = subprocess.run([sys.executable, *launcher, script, folder], capture_output=True, text=True, timeout=120)
@@ -65,3 +68,10 @@ def test_evaluation_does_not_depend_on_processes(processes, results):
         for alpha, numbers in wanted["metrics"].items():
             for name, value in numbers.items(): assert math.isclose(found["metrics"][alpha][name], value, rel_tol=1e-12, abs_tol=1e-12)
         for name, value in wanted["usage"].items(): assert math.isclose(found["usage"][name], value, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_each_process_checks_its_share_of_the_pictures(processes, results):
+    found = [rank["corrupt"] for rank in results[processes]]
+    assert all(f["found"] == ["10.png", "3.png", "4.png"] for f in found) and sum(f["read"] for f in found) == 11
+    assert max(f["read"] for f in found) - min(f["read"] for f in found) <= 1
