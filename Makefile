@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} MPLBACKEND=agg
 DEMO ?= runs/demo
 
-.PHONY: help demo test check lab export notebooks clean-env
+.PHONY: help demo test test-long test-browser check lab export notebooks clean-env
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,12 +25,15 @@ check: .venv/.ready ## the fast checks, before a commit: notebooks and package a
 	@before=$$(mktemp -d) && cp -r nbs llb $$before && $(RUN) nbdev_clean && $(RUN) nbdev_export && \
 	diff -r -x __pycache__ $$before/nbs nbs && diff -r -x __pycache__ $$before/llb llb && rm -r $$before && echo "nbs and llb agree"
 	@$(BIN)/ruff check .
-	@$(RUN) pytest -m "not slow"
+	@$(RUN) pytest -m "not slow and not long"
 
 test: check ## everything that can be tested on a CPU
 	@$(BIN)/llb fetch
 	@$(RUN) nbdev_test --n_workers 2 --do_print --timing
 	@$(RUN) pytest -m "slow and not browser"
+
+test-long: .venv/.ready ## kill, stop and starve runs at random, about ten minutes
+	@$(RUN) pytest -m long -s
 
 test-browser: .venv/.ready ## the notebooks in JupyterLab, driven through Chromium
 	@$(RUN) pytest -m browser

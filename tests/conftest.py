@@ -196,13 +196,16 @@ def wait_for_step(folder, step, command, timeout=60):
 OPTIONS = dict(augment="randaugment", drop_path=0.2, epochs=3, batch_size=6)   # everything random that there is; 7 steps an epoch
 
 
+FREE = ("name", "save_dir", "resume", "overwrite", "workers", "save_every", "timeout")   # options that change no result
+
+
 def results(folder):
     "What must not depend on interruptions: parameters, optimizer state, losses and metrics, as bytes."
     newest = sorted((folder / "checkpoints").glob("step-????????"))[-1]
     state = json.loads((newest / "state.json").read_text())
     for epoch in state["history"]:
         for timing in "seconds", "images_per_s", "data_wait", "time": epoch.pop(timing, None)
-    state["config"] = {k: v for k, v in state["config"].items() if k not in ("name", "save_dir", "resume", "workers")}
+    state["config"] = {k: v for k, v in state["config"].items() if k not in FREE}
     hashes = {f: hashlib.sha256((folder / f).read_bytes()).hexdigest() for f in ("model/model.safetensors", "predictions.safetensors", "metrics.json")}
     return {**hashes, "optimizer": hashlib.sha256((newest / "state.safetensors").read_bytes()).hexdigest(), "state": state, "step": newest.name}
 
