@@ -62,6 +62,7 @@ def save_checkpoint(
         part.rename(final)
         _flush(final.parent)
     except OSError as e:
+        if old.exists() and not final.exists(): old.rename(final)
         raise InputError(f"The checkpoint of step {step} cannot be written to {final.parent} ({e.strerror or e}); earlier ones are untouched: "
                          "make room, then go on with --resume.") from e
     finally:

@@ -6,6 +6,7 @@
 __all__ = ['LOGGERS', 'numbers', 'TensorBoard', 'WandB', 'Trackio', 'make_loggers']
 
 # %% ../nbs/13_loggers.ipynb #5798baee
+import uuid
 from importlib import import_module
 from pathlib import Path
 
@@ -39,7 +40,9 @@ class TensorBoard:
 class WandB:
     "Sends scalars to Weights & Biases; offline with WANDB_MODE=offline."
     def __init__(self, folder:Path, config:dict):
-        self.run = _imported("wandb", "wandb").init(project="llb", name=Path(folder).name, id=Path(folder).name, dir=str(folder), config=config, resume="allow")
+        wandb, identity = _imported("wandb", "wandb"), Path(folder) / "wandb.id"
+        if not identity.exists(): identity.write_text(uuid.uuid4().hex)   # the same for as long as the run folder is
+        self.run = wandb.init(project="llb", name=Path(folder).name, id=identity.read_text(), dir=str(folder), config=config, resume="allow")
 
     def log(self, values:dict[str, float], step:int): self.run.log(values, step=step)
 

@@ -165,6 +165,18 @@ def test_write_errors_simulated(number, folder, monkeypatch):
     assert same(load_newest(folder), state(30)) and len(list(folder.iterdir())) == 3
 
 
+def test_a_checkpoint_that_cannot_be_replaced_stays_simulated(folder, monkeypatch):
+    "SIMULATED: the new one, written in full, cannot take the place of the old one of the same step."
+    rename = checkpoints.Path.rename
+    def fail(path, target):
+        if path.suffix == ".part": raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+    monkeypatch.setattr(checkpoints.Path, "rename", fail)
+    with pytest.raises(InputError, match="cannot be written"): save_checkpoint(folder, 30, {**state(30), "again": True})
+    monkeypatch.undo()
+    assert same(load_newest(folder), state(30)) and len(list(folder.iterdir())) == 3
+
+
 def test_a_disk_that_loses_bits_simulated(folder, monkeypatch):
     "SIMULATED: what is read back differs from what was written."
     write = checkpoints.Path.write_bytes
