@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} MPLBACKEND=agg
 DEMO ?= runs/demo
 
-.PHONY: help demo test test-long test-browser check lab export notebooks clean-env
+.PHONY: help demo test test-long test-browser chromium check lab export notebooks clean-env
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,16 +27,23 @@ check: .venv/.ready ## the fast checks, before a commit: notebooks and package a
 	@$(BIN)/ruff check .
 	@$(RUN) pytest -m "not slow and not long"
 
-test: check ## everything that can be tested on a CPU
+test: check chromium ## everything that can be tested on a CPU
 	@$(BIN)/llb fetch
 	@$(RUN) nbdev_test --n_workers 2 --do_print --timing
-	@$(RUN) pytest -m "slow and not browser"
+	@$(RUN) pytest -m "slow and not browser" -rs
+	@$(RUN) pytest -m browser -rs
 
 test-long: .venv/.ready ## kill, stop and starve runs at random, about ten minutes
 	@$(RUN) pytest -m long -s
 
-test-browser: .venv/.ready ## the notebooks in JupyterLab, driven through Chromium
-	@$(RUN) pytest -m browser
+test-browser: .venv/.ready chromium ## only the notebooks in JupyterLab, driven through Chromium
+	@$(RUN) pytest -m browser -rs
+
+chromium:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	echo "Installing Chromium for the browser tests ..."; sudo=$$(test "$$(id -u)" = 0 || echo "sudo -n"); \
+	{ $$sudo apt-get -qq update && $$sudo apt-get -qq install -y --no-install-recommends chromium; } >/dev/null 2>&1 || \
+	echo "Chromium could not be installed: the browser tests will be skipped. Install it by hand to run them."
 
 lab: .venv/.ready ## JupyterLab on the quickstart
 	@$(BIN)/llb fetch

@@ -76,10 +76,13 @@ def _read_groups(
     if not (root / "index.csv").exists(): return {}
     with open(root / "index.csv", newline="", encoding="utf-8") as f: return {r["path"]: r["group"] for r in csv.DictReader(f) if "group" in r}
 
+def _refuse(error:OSError):
+    raise InputError(f"The folder {error.filename!r} cannot be read ({error.strerror}).") from error
+
 def _picture_files(folder:Path, name:str)->list[str]: # "name/a.jpg", "name/b/c.png", ...
-    "The picture files below a folder, which is called `name`."
+    "The picture files below a folder, which is called `name`. Raises `InputError` when a folder in it cannot be read."
     found, skip = [], len(str(folder))
-    for path, _, files in os.walk(folder, followlinks=True):
+    for path, _, files in os.walk(folder, onerror=_refuse, followlinks=True):
         found += [f"{name}{path[skip:]}/{f}" for f in files if f.lower().endswith(IMG_EXTENSIONS)]
     return sorted(found, key=lambda f: f.split("/"))
 
@@ -91,7 +94,8 @@ def scan_folder(
     "List the pictures in class folders. Raises `InputError` for a missing, empty or one-class folder."
     root, base = Path(root), Path(root) / sub
     if not base.is_dir(): raise InputError(f"There is no folder {str(base)!r}; --data_dir must name a folder of class folders.")
-    found = tuple(sorted(d.name for d in base.iterdir() if d.is_dir() and not d.name.startswith(".")))
+    try: found = tuple(sorted(d.name for d in base.iterdir() if d.is_dir() and not d.name.startswith(".")))
+    except OSError as e: _refuse(e)
     if classes and set(found) - set(classes):
         raise InputError(f"{base} has classes that train does not have: {', '.join(sorted(set(found) - set(classes))[:5])}.")
     classes = classes or found

@@ -110,7 +110,7 @@ def run_html(run:Run)->str:
 FIELDS = {  # the values that matter: what they are called in the form
     "name": "run name", "dataset": "data set", "data_dir": "data folder", "num_objects": "objects", "num_layers": "layers",
     "target_layer": "target layer", "epochs": "epochs", "batch_size": "batch size", "lr": "learning rate"}
-_WIDE = {"description_width": "9em"}
+_FIELD = {"style": {"description_width": "9em"}, "layout": {"max_width": "calc(100% - 4px)"}}   # whole, also in a narrow notebook
 
 class Form:
     "A recipe and the values that matter, to be changed before a run is started."
@@ -121,9 +121,9 @@ class Form:
     ):
         names = sorted(p.stem for p in RECIPES.glob("*.toml"))
         self.base, self.save_dir = config, save_dir
-        self.recipe = widgets.Dropdown(options=[*(["as given"] if config else []), *names], description="recipe", style=_WIDE)
-        self.nproc = widgets.BoundedIntText(nproc, min=1, max=1024, description="processes", style=_WIDE)
-        self.values = {k: widgets.Text(description=text, style=_WIDE) for k, text in FIELDS.items()}
+        self.recipe = widgets.Dropdown(options=[*(["as given"] if config else []), *names], description="recipe", **_FIELD)
+        self.nproc = widgets.BoundedIntText(nproc, min=1, max=1024, description="processes", **_FIELD)
+        self.values = {k: widgets.Text(description=text, **_FIELD) for k, text in FIELDS.items()}
         if not config: self.recipe.value = "demo" if "demo" in names else names[0]
         self.recipe.observe(lambda _: self.fill(), "value")
         self.fill()
@@ -194,7 +194,7 @@ class RunMonitor:
             Start="Start a run with these values", Stop="Let the run finish its step, save and leave", Resume="Go on with the stopped run").items()}
         for name, button in self.buttons.items(): button.on_click(lambda _, name=name: self._try(getattr(self, name.lower())))
         self.status, self.alert = widgets.HTML(), widgets.HTML()
-        self.bar = widgets.FloatProgress(0, min=0, max=1, description="progress", style=_WIDE)
+        self.bar = widgets.FloatProgress(0, min=0, max=1, description="progress", **_FIELD)
         self.panel = widgets.VBox([self.form.panel, widgets.HBox(list(self.buttons.values())), self.alert, self.bar, self.status, self.logs.panel])
         self.refresh()
 

@@ -33,7 +33,8 @@ from llb.monitor import RunMonitor
 config = Config(backbone="test_vit.r160_in1k", random_trunk=True, image_size=64, num_objects=8, num_layers=2, target_layer=2, epochs={epochs}, batch_size=64,
                 augment="none", cache=True, workers=0, log_every=1, device="cpu", save_dir="runs", name="{name}")
 """
-SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"}, "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}
+SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"},   # cells out of sight stay in the page, to be read
+            "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}
 
 
 def write_notebook(path, *cells, outputs=()):
@@ -105,10 +106,11 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture
 def lab(chromium, tmp_path, request):
-    """Yields a Lab; afterwards nothing it started is left."""
+    """Yields a Lab; afterwards nothing it started is left. As parameter it takes JupyterLab's windowing mode."""
+    settings = {**SETTINGS, "notebook-extension/tracker": {"windowingMode": request.param}} if hasattr(request, "param") else SETTINGS
     SHOTS.mkdir(parents=True, exist_ok=True)
     (folder := tmp_path / "work").mkdir()
-    for name, values in SETTINGS.items():
+    for name, values in settings.items():
         path = tmp_path / "settings/@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values))
@@ -213,6 +215,48 @@ def test_attach_after_the_kernel_has_ended(lab, end):
     lab.press("Stop")
     until(lambda: "stopped: by stop file" in lab.status(), "the run to be stopped")
     assert not run.processes()
+
+
+def test_interrupting_the_kernel_leaves_the_run_alone(lab):
+    write_notebook(lab.folder / "a.ipynb", TINY.format(epochs=3000, name="kept") + "run = start(config, nproc=2)\nprint('started', run.folder.name)\nRunMonitor(run)",
+                   "import time\nprint('busy' + 'now')\ntime.sleep(600)")
+    lab.open("a.ipynb")
+    lab.run_all()
+    lab.see("busynow")
+    run = attach(lab.folder / "runs/kept")
+    until(lambda: run.progress() and run.progress().step > 2, "the run to be at work")
+    lab.command("notebook:interrupt-kernel")
+    lab.see("KeyboardInterrupt")
+    step = run.progress().step
+    until(lambda: run.progress().step > step + 2, "the run to go on")
+    before = lab.status()
+    until(lambda: lab.status() != before, "the monitor to move")
+    assert run.state.name == "running" and len(run.processes()) >= 3
+    lab.press("Stop")
+    until(lambda: "stopped: by stop file" in lab.status(), "the run to be stopped")
+
+
+@pytest.mark.parametrize("lab", ["full"], indirect=True)
+def test_the_monitor_survives_full_windowing(lab):
+    """JupyterLab takes cells that are out of sight out of the page, and puts them back."""
+    fillers = ["print('line\\n' * 40)"] * 30
+    write_notebook(lab.folder / "a.ipynb", TINY.format(epochs=3000, name="kept") + "RunMonitor(start(config, nproc=2))", *fillers, "print('last' + 'cell')")
+    lab.open("a.ipynb")
+    lab.run_all()
+    until(lambda: lab.panel.get_by_role("status").count() and "running; epoch" in lab.status(), "the run to be at work")
+    scroller = lab.panel.locator(".jp-WindowedPanel-outer")
+    scroller.evaluate("x => x.scrollTo(0, x.scrollHeight)")
+    until(lambda: lab.panel.get_by_role("button", name="Stop", exact=True).count() == 0, "the monitor to leave the page")
+    step = attach(lab.folder / "runs/kept").progress().step
+    until(lambda: attach(lab.folder / "runs/kept").progress().step > step + 5, "the run to go on meanwhile")
+    scroller.evaluate("x => x.scrollTo(0, 0)")
+    until(lambda: lab.panel.get_by_role("status").count() and "running; epoch" in lab.status(), "the monitor to be back")
+    before = lab.status()
+    until(lambda: lab.status() != before, "progress to move")
+    until(lambda: lab.panel.locator("img[alt^='Assignment maps']").count() == 1, "the assignment maps to be back")
+    lab.shot("back")
+    lab.press("Stop")
+    until(lambda: "stopped: by stop file" in lab.status(), "the run to be stopped")
 
 
 def test_two_notebooks_train_at_once(lab):

@@ -1,5 +1,7 @@
 """The bundled pictures keep their promises; a user's folder is read exactly or refused with a sentence."""
 import csv
+import errno
+import os
 import random
 import re
 import shutil
@@ -131,6 +133,22 @@ def test_empty_folder(tmp_path):
 def test_class_count(pictures):
     check_labels(load_data(pictures).train, 3)
     with pytest.raises(InputError, match="has 3 classes, but 4 are expected"): make_data(Config(dataset="ImageFolder", data_dir=str(pictures), class_num=4))
+
+
+@pytest.mark.parametrize("hidden", ["", "circle", "circle/more"])
+def test_a_folder_that_cannot_be_read_is_named_simulated(hidden, tmp_path, monkeypatch):
+    "SIMULATED: to the superuser, as whom tests may run, every folder is open."
+    root = make_pictures(tmp_path / "closed")
+    (root / "circle/more").mkdir()
+    scandir, listdir = os.scandir, os.listdir
+    def closed(call):
+        def wrapped(path="."):
+            if Path(path) == root / hidden: raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return call(path)
+        return wrapped
+    monkeypatch.setattr(os, "scandir", closed(scandir))
+    monkeypatch.setattr(os, "listdir", closed(listdir))
+    with pytest.raises(InputError, match=rf"The folder '{root / hidden}' cannot be read \(Permission denied\)"): scan_folder(root)
 
 
 @pytest.fixture

@@ -69,8 +69,8 @@ def send(pids, number):
 
 
 def damage(folder, rng):
-    "Flip a bit or cut off the end, in a random file of the newest checkpoint."
-    newest = sorted((folder / "checkpoints").glob("step-????????"))[-1:]
+    "Flip a bit or cut off the end, in a random file of the newest checkpoint; not of the only one, without which a run rightly refuses to go on."
+    newest = sorted((folder / "checkpoints").glob("step-????????"))[1:][-1:]
     for path in [rng.choice(sorted(n.iterdir())) for n in newest]:
         data = bytearray(path.read_bytes())
         if rng.random() < .5: data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
