@@ -256,7 +256,7 @@ def progress(
     **kwargs          # to tqdm
 )->tqdm:
     "A tqdm bar, shown only on the main process and only where someone watches."
-    hidden = not is_interactive() or rank() != 0
+    hidden = not is_interactive() or rank() != 0 or "TQDM_DISABLE" in os.environ   # which tqdm's own notebook bar does not heed
     return tqdm(items, total=total, desc=desc, leave=False, dynamic_ncols=True, **({"disable": True} if hidden else {}), **kwargs)
 
 def say(

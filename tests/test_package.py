@@ -162,3 +162,17 @@ def test_wheel(tmp_path):
     done = subprocess.run([sys.executable, "-c", "from llb.config import parse_command; print(parse_command(['--recipe', 'demo']).cache)"],
                           capture_output=True, text=True, timeout=60, cwd=tmp_path / "site", env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
     assert done.stdout.strip() == "True", done.stderr
+
+
+def outputs(notebook):
+    "The stored outputs of a notebook, as text."
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [json.dumps({k: v for k, v in o.items() if k != "metadata"}) for c in cells for o in c.get("outputs", [])]
+
+
+@pytest.mark.parametrize("notebook", [*NOTEBOOKS, *sorted((ROOT / "nbs/guides").glob("*.ipynb"))], ids=lambda p: p.stem)
+def test_stored_outputs(notebook):
+    "No errors, no bars that stand still, nothing of the machine they were made on."
+    for text in outputs(notebook):
+        assert '"output_type": "error"' not in text and "it/s]" not in text, text[:300]
+        assert not [place for place in (str(ROOT), str(Path.home()), "/home/", "/root/") if place in text], text[:300]
