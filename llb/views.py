@@ -32,7 +32,6 @@ from .runtime import InputError
 class Notes:
     "Names and pins of objects; kept in a file when there is one."
     path: Path|None = None
-    model: str = ""                            # the model they are about
     names: dict[int, str] = field(default_factory=dict)
     pins: list[int] = field(default_factory=list)
 
@@ -50,18 +49,15 @@ class Notes:
         return object_id in self.pins
 
     def save(self):
-        if self.path: write_json(self.path, {"model": self.model, "names": {str(k): v for k, v in self.names.items()}, "pins": self.pins})
+        if self.path: write_json(self.path, {"names": {str(k): v for k, v in self.names.items()}, "pins": self.pins})
 
 def open_notes(
-    path:Path|None, # need not exist
-    model:str       # content hash of the model they should be about
-)->Notes: # empty when they are about another model; that file is then kept beside, as notes-MODEL.json
-    "Read notes."
-    held = read_json(path) if path else {}
-    if held and held["model"] != model:
-        path.rename(path.with_name(f"notes-{held['model']}.json"))
-        held = {}
-    return Notes(path, model, {int(k): v for k, v in held.get("names", {}).items()}, [int(k) for k in held.get("pins", [])])
+    folder:Path, # of the indices of a run
+    model:str    # content hash of the model they are about
+)->Notes: # empty when there are none yet
+    "Read the notes on a model."
+    held = read_json(path := folder / f"notes-{model}.json")
+    return Notes(path, {int(k): v for k, v in held.get("names", {}).items()}, [int(k) for k in held.get("pins", [])])
 
 # %% ../nbs/42_views.ipynb #dbeaa4bf
 class Catalog:
@@ -74,7 +70,7 @@ class Catalog:
         chosen:str=""            # where alpha comes from, in words
     ):
         self.index, self.effects, self.name, self.chosen = index, effects, name, chosen
-        self.notes = notes or Notes(model=index.info["model"])
+        self.notes = notes or Notes()
         self.album, self.table = Album(index), object_table(index)
         self.lift, self.support = association(index)
         self.drop = class_effects(index, effects) if effects is not None else None   # drop, pictures, random
