@@ -78,8 +78,9 @@ def timed(what)->float: # milliseconds
 def measure(index:ObjectIndex, clicks:int=60, seed:int=0)->dict[str, np.ndarray]: # milliseconds by action
     "Click patches, first of new pictures, then of the same ones."
     from llb.explorer import Explorer
-    found = {"open the explorer": [timed(lambda: found.setdefault("explorer", Explorer(index)))]}
-    explorer, rng = found.pop("explorer"), np.random.default_rng(seed)
+    made = []
+    found, rng = {"open the explorer": [timed(lambda: made.append(Explorer(index)))]}, np.random.default_rng(seed)
+    explorer = made[0]
     places = [(int(rng.integers(len(index))), rng.permutation(index.grid[0] * index.grid[1])[:4].tolist()) for _ in range(max(1, clicks // 4))]
     for name in "click, pictures not yet decoded", "click, pictures in memory":
         found[name], found["next picture, " + name.split(", ")[1]] = [], []

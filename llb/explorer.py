@@ -123,6 +123,7 @@ class ObjectPart:
         rows = gallery_rows(catalog, object_id, i, 6)
         self.tiles = [(int(n), int(p)) for _, e in rows for n, p in zip(e.image, e.patch)]
         label = lambda n, s: f"picture {n}, {catalog.index.classes[catalog.labels[n]]}, p {s:.2f}"
+        catalog.album.load(n for n, _ in self.tiles)
         faces = [t for _, e in rows for t in tiles_of(catalog.album, e)]
         self.sheet.show(sheet(faces, 8) if faces else b"", [[name, [[label(n, s), f"{s:.2f}"] for n, s in zip(e.image, e.score)]] for name, e in rows])
 

@@ -97,8 +97,8 @@ class Album:
     def load(self, indices):
         "Decode several pictures side by side."
         wanted = [int(i) for i in dict.fromkeys(indices) if i not in self._seen]
-        with ThreadPoolExecutor(4) as pool: found = dict(zip(wanted, pool.map(lambda i: Album(self.index, 1)[i], wanted)))
-        self._seen |= found
+        if not wanted: return
+        with ThreadPoolExecutor(4) as pool: self._seen |= zip(wanted, pool.map(lambda i: Album(self.index, 1)[i], wanted))
 
     def tile(self,
         i:int,
