@@ -126,11 +126,17 @@ _STYLE = """
 .llb-picker:focus-visible, .llb-tiles button:focus-visible { outline: 3px solid #0072B2; outline-offset: 1px; }
 .llb-canvas { flex: 1 1 190px; min-width: 150px; max-width: 420px; cursor: crosshair; border: 1px solid #999; background: #eee; }
 .llb-line { font-size: 13px; min-height: 1.5em; padding: 0 4px; }
+.llb-tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(27rem, 100%), 1fr)); gap: 4px 12px; }
 .llb-tiles h4 { margin: 6px 0 2px; font-size: 13px; font-weight: 600; }
 .llb-tiles div { display: flex; flex-wrap: wrap; gap: 4px; }
 .llb-tiles button { padding: 0; border: 1px solid #999; background: none; font-size: 11px; line-height: 1.4; cursor: pointer; color: inherit; }
 .llb-tiles button:hover { border-color: #D55E00; }
 .llb-tiles span { display: block; background-repeat: no-repeat; }
+.llb-text .widget-html-content, .llb-text { line-height: 1.4; } .llb-text p { margin: .4em 0; }
+.llb-text table { border-collapse: collapse; margin: .4em 0; font-size: 12px; } .llb-text caption { text-align: left; caption-side: bottom; opacity: .8; }
+.llb-text th, .llb-text td { text-align: left; padding: 1px 10px 1px 0; font-variant-numeric: tabular-nums; }
+.llb-list select { font-family: var(--jp-code-font-family, monospace); font-size: 12px; }
+[role=alert] { border-left: 4px solid #D55E00; padding: 2px 8px; }
 """
 
 class PatchPicker(anywidget.AnyWidget):
@@ -176,12 +182,14 @@ function render({ model, el }) {
         const at = n++, button = document.createElement("button"), face = document.createElement("span");
         button.type = "button"; button.title = label; button.setAttribute("aria-label", label);
         Object.assign(face.style, { width: side + "px", height: side + "px", backgroundImage: `url(${url})`,
-                                    backgroundPosition: `-${at % columns * side}px -${Math.floor(at / columns) * side}px` });
+                                    backgroundSize: `${columns * side}px auto`, backgroundPosition: `-${at % columns * side}px -${Math.floor(at / columns) * side}px` });
         button.append(face, text);
         button.addEventListener("click", () => model.send({ tile: at }));
         row.append(button);
       }
-      parts.push(head, row);
+      const group = document.createElement("section");
+      group.append(head, row);
+      parts.push(group);
     }
     root.replaceChildren(...parts);
     root.dataset.drawn = String(model.get("turn"));
@@ -198,7 +206,7 @@ class TileSheet(anywidget.AnyWidget):
     "Rows of tiles; a press sends the message `{'tile': number}`, counted over all rows."
     _esm, _css = _TILES, _STYLE
     sheet = t.Bytes(b"").tag(sync=True)   # all tiles as one picture
-    side = t.Int(88).tag(sync=True)       # pixels
+    side = t.Int(64).tag(sync=True)       # of a tile on the screen, in its pixels; the picture may be finer
     columns = t.Int(8).tag(sync=True)     # of the picture
     rows = t.List([]).tag(sync=True)      # [heading, [[label for screen readers, text below], ...]]
     turn = t.Int(0).tag(sync=True)        # counts up when all the others are set

@@ -77,6 +77,7 @@ class PicturePart:
             button.on_click(lambda _, to=to: explorer.act(explorer.show, to()))
         self.picker.observe(lambda change: explorer.act(explorer.pick, change["new"]), "patch")
         self.alpha.observe(lambda change: explorer.act(explorer.fuse, change["new"]), "value")
+        self.prediction.add_class("llb-text")
         self.panel = widgets.VBox([_row(self.number, self.back, self.next, self.lot), self.picker, self.alpha, self.prediction])
 
     def show(self, i:int, patch:int, object_id:int):
@@ -110,7 +111,8 @@ class ObjectPart:
         self.name.observe(lambda change: explorer.act(explorer.name, change["new"]), "value")
         self.pin.on_click(lambda _: explorer.act(explorer.pin))
         self.sheet.on_msg(lambda _, message, buffers: explorer.act(self.press, int(message["tile"])))
-        self.panel = widgets.VBox([_row(self.link, self.name, self.pin), self.numbers, self.sheet])
+        self.numbers.add_class("llb-text")
+        self.panel = widgets.VBox([_row(self.link, self.name, self.pin), self.numbers])
 
     def show(self, object_id:int, i:int, patch:int):
         "Show an object: numbers at once, pictures when they are decoded."
@@ -195,6 +197,7 @@ class BranchPart:
         self.more.on_click(lambda _: explorer.act(self.turn, self.page + 1))
         self.cell.observe(lambda _: explorer.act(self.turn, 0), "value")
         self.sheet.on_msg(lambda _, message, buffers: explorer.act(self.press, int(message["tile"])))
+        self.table.add_class("llb-text")
         self.panel = widgets.VBox([_row(self.look, self.cell, self.more), self.table, self.sheet])
 
     def turn(self, page:int):
@@ -265,7 +268,7 @@ class Explorer:
         self.tabs = widgets.Tab([part.panel for part in more.values()], titles=list(more))
         side = lambda part: widgets.VBox([part.panel], layout=widgets.Layout(flex="1 1 26em", min_width="18em", padding="0 8px 0 0"))
         both = widgets.Box([side(self.picture_part), side(self.object_part)], layout=widgets.Layout(flex_flow="row wrap", align_items="flex-start"))
-        self.panel = widgets.VBox([self.alert, both, self.tabs])
+        self.panel = widgets.VBox([both, self.alert, self.object_part.sheet, self.tabs])
         self.act(self.show, 0)
         for part in self.list_part, self.class_part: self.act(part.refresh)
 
