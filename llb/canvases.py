@@ -126,7 +126,7 @@ _STYLE = """
 .llb-picker:focus-visible, .llb-tiles button:focus-visible { outline: 3px solid #0072B2; outline-offset: 1px; }
 .llb-canvas { flex: 1 1 190px; min-width: 150px; max-width: 420px; cursor: crosshair; border: 1px solid #999; background: #eee; }
 .llb-line { font-size: 13px; min-height: 1.5em; padding: 0 4px; }
-.llb-tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(27rem, 100%), 1fr)); gap: 4px 12px; }
+.llb-tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(25rem, 100%), 1fr)); gap: 4px 12px; }
 .llb-tiles h4 { margin: 6px 0 2px; font-size: 13px; font-weight: 600; }
 .llb-tiles div { display: flex; flex-wrap: wrap; gap: 4px; }
 .llb-tiles button { padding: 0; border: 1px solid #999; background: none; font-size: 11px; line-height: 1.4; cursor: pointer; color: inherit; }
@@ -206,7 +206,7 @@ class TileSheet(anywidget.AnyWidget):
     "Rows of tiles; a press sends the message `{'tile': number}`, counted over all rows."
     _esm, _css = _TILES, _STYLE
     sheet = t.Bytes(b"").tag(sync=True)   # all tiles as one picture
-    side = t.Int(64).tag(sync=True)       # of a tile on the screen, in its pixels; the picture may be finer
+    side = t.Int(60).tag(sync=True)       # of a tile on the screen, in its pixels; the picture may be finer
     columns = t.Int(8).tag(sync=True)     # of the picture
     rows = t.List([]).tag(sync=True)      # [heading, [[label for screen readers, text below], ...]]
     turn = t.Int(0).tag(sync=True)        # counts up when all the others are set

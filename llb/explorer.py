@@ -287,8 +287,9 @@ class Explorer:
         finally: self._busy = before
 
     def _ipython_display_(self):
+        stand_in = HTML(self.stand_in())   # drawing takes a second: before there is anything to press
         display(self.panel)
-        self._handle = display(HTML(self.stand_in()), display_id=True)
+        self._handle = display(stand_in, display_id=True)
 
     @_one_at_a_time
     def show(self, i:int, patch:int|None=None):

@@ -167,7 +167,7 @@ def elsewhere(
         images = np.unique(index.sample.of(object_id).image)
         images = images[catalog.labels[images] != label] if place == "other classes" else images
     images = images[images != i]
-    images = images[np.argsort(lots(images, np.full(len(images), object_id)), kind="stable")][:count]
+    images = images[np.argsort(lots(images, np.full(len(images), 3 * object_id + PLACES.index(place))), kind="stable")][:count]
     first, p = (np.asarray(index.rows[name][np.sort(images)]) for name in ("first", "confidence"))
     p = np.where(first == object_id, p.astype(np.float32), -1)[np.argsort(np.argsort(images))]
     return Exemplars(p.max(1, initial=-1), images, p.argmax(1)) if len(images) else Exemplars(*np.zeros((3, 0), int))
