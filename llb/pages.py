@@ -61,12 +61,12 @@ def image_html(
 # %% ../nbs/37_pages.ipynb #e6674439
 _STYLE = """
 :root { color-scheme: light; } body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 70rem; margin: auto; padding: 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; border-bottom: 1px solid #bbb; } h3 { font-size: 1rem; margin: .3rem 0; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; border-bottom: 1px solid #bbb; } h3 { font-size: 1.05rem; margin: 1.4rem 0 .4rem; } .card h3 { font-size: 1rem; margin: .2rem 0; }
 table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; } caption { text-align: left; color: #444; font-size: .9rem; }
 th, td { padding: .15rem .7rem .15rem 0; text-align: right; border-bottom: 1px solid #ddd; } th:first-child { text-align: left; font-weight: 600; }
-img { max-width: 100%; height: auto; } .wide { overflow-x: auto; } .cards { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); }
+img { max-width: 100%; height: auto; } .wide { overflow-x: auto; } .wide img { min-width: min(44rem, 190vw); } .cards { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); }
 .card { border-top: 3px solid #0072B2; padding-top: .3rem; font-size: .9rem; } .note { color: #444; font-size: .9rem; } :focus-visible { outline: 3px solid #0072B2; }
-@media print { body { font-size: 10pt; max-width: none; padding: 0; } .card, img, table, figure { break-inside: avoid; } h2 { break-after: avoid; } a { color: inherit; } }
+@media print { .wide img { min-width: 0; } body { font-size: 10pt; max-width: none; padding: 0; } .card, img, table, figure { break-inside: avoid; } h2 { break-after: avoid; } a { color: inherit; } }
 """
 
 def page_html(
@@ -132,14 +132,16 @@ def tiles_of(
 def sheet(
     tiles:list[np.ndarray], # of one size
     columns:int=8,
-    kind:str="jpeg"
+    kind:str="jpeg",
+    gap:int=0               # white pixels right of and below each
 )->bytes: # an encoded picture; white where a row is not full
     "Tiles as one picture, row by row."
     rows, (height, width) = -(-len(tiles) // columns), tiles[0].shape[:2]
-    whole = np.full((rows * height, min(columns, len(tiles)) * width, 3), 255, np.uint8)
+    down, right = height + gap, width + gap
+    whole = np.full((rows * down, min(columns, len(tiles)) * right, 3), 255, np.uint8)
     for n, tile in enumerate(tiles):
         y, x = divmod(n, columns)
-        whole[y * height:(y + 1) * height, x * width:(x + 1) * width] = tile
+        whole[y * down:y * down + height, x * right:x * right + width] = tile
     Image.fromarray(whole).save(file := BytesIO(), kind, **({"quality": 88} if kind == "jpeg" else {}))
     return file.getvalue()
 
@@ -162,7 +164,7 @@ def object_card(
     lowest = ", ".join(f"{n} {e.score[0]:.2f}" for (n, _), e in zip(ROWS, found) if len(e))
     text = f"Patches of object {object_id}, a row each: best, 90 % and median by p(object | patch)"
     share, spread = index.patches[object_id] / index.patches.sum(), index.images[object_id] / len(index)
-    return (f'<section class="card"><h3>object {object_id}{": " + safe(name) if name else ""}</h3>{image_html(sheet(tiles, columns), "jpeg", text)}'
+    return (f'<section class="card"><h3>object {object_id}{": " + safe(name) if name else ""}</h3>{image_html(sheet(tiles, columns, gap=4), "jpeg", text)}'
             f"<div>p {lowest}; {share:.1%} of patches, in {spread:.0%} of pictures</div>{facts}</section>")
 
 def gallery_page(

@@ -133,8 +133,8 @@ def dictionary_html(catalog:Catalog, count:int=6)->str:
     chosen = {"Most used": live[:count], "Most of one class": find_objects(catalog, kind="label-specific", order="most of one class")[:count],
               "Largest effect on a class": [k for k in find_objects(catalog, order="largest effect") if not catalog.table["dead"][k]][:count], "By lot": by_lot}
     def facts(k):
-        rows = [f"{name} (lift {lift:.1f}, {n} pictures" + (")" if np.isnan(drop) else f", effect {drop:+.2f})") for name, lift, n, drop in classes_of(catalog, k, 3)]
-        return f'<div>{safe("; ".join(rows) or "no class has five pictures with it", 300)}</div>'
+        rows = [f"{name} (lift {lift:.1f}, {n} pictures" + (")" if np.isnan(drop) else f", effect {drop:+.2f})") for name, lift, n, drop in classes_of(catalog, k, 3) if lift > 1]
+        return f'<div>{safe("; ".join(rows) or "no class with five pictures has it more than others", 300)}</div>'
     cards = lambda ids: "".join(object_card(catalog.index, catalog.album, int(k), catalog.notes.names.get(int(k), ""), facts(int(k))) for k in ids)
     return "".join(f'<h3>{title}</h3><div class="cards">{cards(ids)}</div>' for title, ids in chosen.items() if len(ids))
 
@@ -148,11 +148,11 @@ def usage_html(catalog:Catalog)->str:
     lift, support = association(index)
     shown = np.concatenate([np.argsort(-np.where(support[c] >= 20, np.nan_to_num(lift[c]), 0), kind="stable")[:2] for c in range(min(len(lift), 30))])
     shown = list(dict.fromkeys(shown.tolist()))
-    parts = [picture_html(plot_usage(index.patches).figure, "Share of patches of each object, by rank")]
-    try: parts.append(picture_html(plot_class_object_heatmap(lift[:, shown], index.classes, shown, "lift", support[:, shown]).figure,
+    usage, heat = picture_html(plot_usage(index.patches).figure, "Share of patches of each object, by rank"), ""
+    try: heat = (picture_html(plot_class_object_heatmap(lift[:, shown], index.classes, shown, "lift", support[:, shown]).figure,
                                    "Lift of the two objects that each class uses most above chance, for all classes"))
-    except InputError as e: parts.append(f"<p>{safe(e, 300)}</p>")
-    return f"<p>{safe(text, 600)}</p>" + "".join(f'<div class="wide">{p}</div>' for p in parts)
+    except InputError as e: heat = f"<p>{safe(e, 300)}</p>"
+    return f'<p>{safe(text, 600)}</p>{usage}<div class="wide">{heat}</div>'
 
 def effects_html(catalog:Catalog)->str:
     "What taking an object out does, beside taking out as much by lot."
@@ -179,8 +179,8 @@ def branches_html(run:FinishedRun, catalog:Catalog)->str:
     selection, reported = index_run(run.folder, "selection"), index_scores(catalog.index)
     axes = plot_alpha_curve(ALPHAS, *tried(index_scores(selection)), run.metrics["alpha"]["value"], len(selection), (*tried(reported), len(catalog.index)))
     cells = {name: len(ids) for name, ids in catalog.cells().items()}
-    return (picture_html(axes[0].figure, "Accuracy and negative log-likelihood against alpha, on the selection split and, as a diagnostic, on the reported pictures")
-            + picture_html(plot_agreement_table(**cells).figure, f"Pictures by which branch is right: {cells}"))
+    curve = picture_html(axes[0].figure, "Accuracy and negative log-likelihood against alpha, on the selection split and, as a diagnostic, on the reported pictures")
+    return (f'<div class="wide">{curve}</div>' + picture_html(plot_agreement_table(**cells).figure, f"Pictures by which branch is right: {cells}"))
 
 def write_report(run:FinishedRun)->Path: # report.html in the run folder
     "Build the index where it is missing, and write the page."

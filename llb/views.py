@@ -228,10 +228,10 @@ def object_html(
     index, t, k = catalog.index, catalog.table, object_id
     head = f'<h3 style="margin:0">{safe(catalog.title(k))}</h3><div>link: <code>{safe(catalog.link(k))}</code></div>'
     if t["dead"][k]: return head + "<p>Dead: it is no patch's first choice.</p>"
-    here = ""
-    if patch is not None:
-        p, row = index.map(i)[1][patch], divmod(patch, index.grid[1])
-        here = f"<p>Picture {i}, row {row[0] + 1}, column {row[1] + 1}: p {p:.2f}. {safe(effect_text(catalog, k, i), 300)}</p>"
+    objects, p = index.map(i)
+    place = f"{(objects == k).sum()} patches here, the surest p {p[objects == k].max(initial=0):.2f}" if patch is None else \
+            "row {}, column {}: p {:.2f}".format(*(n + 1 for n in divmod(patch, index.grid[1])), p[patch])
+    here = f"<p>Picture {i}, {place}. {safe(effect_text(catalog, k, i), 300)}</p>" if k in objects else f"<p>It is not in picture {i}.</p>"
     use = (f"<p>{t['patches'][k]:,.0f} patches ({t['mean_probability'][k]:.2%} of all probability), {t['images'][k]:,.0f} pictures "
            f"({t['images'][k] / len(index):.1%}); H(a) of its patches {t['patch_entropy'][k]:.2f} nats"
            f"{'; dense' if t['dense'][k] else ''}{'; label-specific' if t['label_specific'][k] else ''}</p>")
