@@ -35,7 +35,7 @@ def open_catalog(
     what:str|Path|LLB|ObjectIndex,      # a run folder, a model, or an index
     dataset:str|Pictures|None=None,     # for a run one of its splits ("val"); for a model the pictures
     device:str="auto",
-    folder:str|Path|None=None           # where a model's index is kept; None for a temporary one
+    folder:str|Path|None=None           # where a model's index and notes are kept; None for a temporary one
 )->Catalog:
     "Open a run's index, or look a model's pictures through. Raises `InputError` for what cannot be explored."
     if isinstance(what, ObjectIndex):
@@ -44,7 +44,7 @@ def open_catalog(
         return Catalog(what, effects, open_notes(path.parent, what.info["model"]), name=path.name)
     if isinstance(what, LLB):
         if not isinstance(dataset, Pictures): raise InputError("A model is explored on pictures; give them too, such as load_data(folder).val.")
-        folder, runtime = Path(folder or Path(tempfile.mkdtemp(prefix="llb-")) / "model"), Runtime(pick_device(device))
+        folder, runtime = Path(folder or tempfile.mkdtemp(prefix="llb-")) / "model", Runtime(pick_device(device))
         loader = make_loader(PictureDataset(dataset, what.backbone.transform()), EvalBatches(len(dataset), 32))
         build_effects(what.to(runtime.device), loader, index := build_index(what, loader, folder, runtime), runtime)
         return open_catalog(index)
