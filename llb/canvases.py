@@ -93,7 +93,12 @@ function render({ model, el }) {
     bitmap = found;
     draw();
   }
-  function pick(p) { if (p !== model.get("patch")) { model.set("patch", p); model.save_changes(); draw(); } }
+  function pick(p) {   // drawn at once; the kernel answers when it can
+    if (p === model.get("patch")) return;
+    model.set({ patch: p, chosen: model.get("objects")[p] });
+    model.save_changes();
+    draw();
+  }
   for (const canvas of canvases) canvas.addEventListener("pointerdown", event => {
     const box = canvas.getBoundingClientRect(), [h, w] = grid();
     const x = Math.min(w - 1, Math.max(0, Math.floor((event.clientX - box.left) / box.width * w)));

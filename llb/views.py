@@ -296,7 +296,7 @@ def draw_picture(
     found, truth = predictions(catalog, i, alpha), index.classes[catalog.labels[i]]
     for n, (who, colour) in enumerate(zip(found, (BLUE, ORANGE, GREEN))):
         y = np.arange(3) + 4 * n
-        axes[2].barh(y, [q for _, q in found[who][:3]], color=colour, height=.8)
+        axes[2].barh(y, [q for _, q in found[who][:3]], color=colour, alpha=.45, height=.8)
         for j, (name, q) in zip(y, found[who]): axes[2].text(.02, j, f"{plain_text(name, 18)} {q:.2f}{' ✓' if name == truth else ''}", va="center", fontsize=SMALL, color=INK)
     axes[2].set(xlim=(0, 1), ylim=(11, -1), yticks=[1, 5, 9], yticklabels=["visual", "label", f"fused,\nalpha {alpha:.2f}"])
     decorate(axes[2], "probability of the three likeliest classes", "scale 0 to 1")
@@ -335,7 +335,7 @@ def gallery_rows(
     count:int=8
 )->list[tuple[str, Exemplars]]: # empty rows are left out
     "The gallery of an object and the same object elsewhere: names of rows, and their patches."
-    rows = [(f"{name} of its patches" if q is not None else name, exemplars(catalog.index, object_id, q, count)) for name, q in ROWS]
+    rows = [(name, exemplars(catalog.index, object_id, q, count)) for name, q in ROWS]
     label = catalog.index.classes[catalog.labels[i]]
     names = {"same class": f"by lot: {label}", "other classes": "by lot: other classes", "anywhere": "by lot: anywhere"}
     return [(name, e) for name, e in rows + [(names[p], elsewhere(catalog, object_id, i, p, count)) for p in PLACES] if len(e)]
