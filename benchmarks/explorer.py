@@ -20,7 +20,7 @@ from llb.backbones import Preprocessing
 from llb.data import load_data
 from llb.effects import EFFECTS_FILE
 from llb.gallery import PatchSample
-from llb.rows import RowWriter
+from llb.rows import Rows, RowWriter
 
 
 def synthetic_index(folder:Path, pictures:int=50_000, objects:int=2048, classes:int=1000, grid=(14, 14), dim:int=64, seed:int=0)->ObjectIndex:
@@ -50,9 +50,10 @@ def synthetic_index(folder:Path, pictures:int=50_000, objects:int=2048, classes:
             sums["patches"][ids] += counts; sums["images"][ids] += 1
             sums["class_patches"][y, ids] += counts; sums["class_images"][y, ids] += 1
             sums["together"][np.ix_(ids[:20], ids[:20])] += 1
-    writer.close(); effects.close()
+    writer.close()
+    effects.close()
     kept = top.exemplars()
-    arrays = {**sums, "mass": sums["patches"].copy(), "class_count": np.bincount(writer_labels(folder), minlength=classes).astype(float),
+    arrays = {**sums, "mass": sums["patches"].copy(), "class_count": np.bincount(Rows(folder / "pictures.safetensors")["label"], minlength=classes).astype(float),
               **{n: np.zeros((size, dim)) for n, size in (("object_visual", objects), ("object_label", objects), ("class_visual", classes), ("class_label", classes))},
               **{f"{kind}.{n}": np.ascontiguousarray(getattr(kept, n)) for kind in ("top", "sample") for n in ("score", "image", "patch")}}
     save_file(arrays, folder / "objects.safetensors")
@@ -64,14 +65,9 @@ def synthetic_index(folder:Path, pictures:int=50_000, objects:int=2048, classes:
     return open_index(folder)
 
 
-def writer_labels(folder:Path)->np.ndarray:
-    from llb.rows import Rows
-    return np.asarray(Rows(folder / "pictures.safetensors")["label"])
-
-
-def timed(what)->float: # milliseconds
+def timed(what, *args)->float: # milliseconds
     began = time.perf_counter()
-    what()
+    what(*args)
     return 1e3 * (time.perf_counter() - began)
 
 
@@ -81,16 +77,17 @@ def measure(index:ObjectIndex, clicks:int=60, seed:int=0)->dict[str, np.ndarray]
     made = []
     found, rng = {"open the explorer": [timed(lambda: made.append(Explorer(index)))]}, np.random.default_rng(seed)
     explorer = made[0]
+    set_to = lambda widget, trait, values: [timed(setattr, widget, trait, v) for v in values]
     places = [(int(rng.integers(len(index))), rng.permutation(index.grid[0] * index.grid[1])[:4].tolist()) for _ in range(max(1, clicks // 4))]
-    for name in "click, pictures not yet decoded", "click, pictures in memory":
-        found[name], found["next picture, " + name.split(", ")[1]] = [], []
+    for which in "not yet decoded", "in memory":
+        moves, picks = found[f"next picture, pictures {which}"], found[f"click, pictures {which}"] = [], []
         for i, patches in places:
-            found["next picture, " + name.split(", ")[1]].append(timed(lambda: explorer.show(i)))
-            for patch in patches: found[name].append(timed(lambda: setattr(explorer.picture_part.picker, "patch", int(patch))))
-    found["alpha slider"] = [timed(lambda: setattr(explorer.picture_part.alpha, "value", a)) for a in np.linspace(0, 1, 20)]
-    found["search"] = [timed(lambda: setattr(explorer.list_part.text, "value", t)) for t in ("class 7", "class 12", "19", "")]
-    found["sort"] = [timed(lambda: setattr(explorer.list_part.order, "value", o)) for o in ("most pictures", "most of one class", "largest effect")]
-    found["class"] = [timed(lambda: setattr(explorer.class_part.choice, "value", c)) for c in (3, 5, 8)]
+            moves.append(timed(explorer.show, i))
+            picks += set_to(explorer.picture_part.picker, "patch", patches)
+    found["alpha slider"] = set_to(explorer.picture_part.alpha, "value", np.linspace(0, 1, 20))
+    found["search"] = set_to(explorer.list_part.text, "value", ("class 7", "class 12", "19", ""))
+    found["sort"] = set_to(explorer.list_part.order, "value", ("most pictures", "most of one class", "largest effect"))
+    found["class"] = set_to(explorer.class_part.choice, "value", (3, 5, 8))
     found["branches, first time"] = [timed(explorer.branch_part.look.click)]
     return {k: np.array(v) for k, v in found.items()}
 

@@ -21,9 +21,8 @@ from .analysis import ObjectIndex, build_index
 from .canvases import PatchPicker, TileSheet
 from .data import EvalBatches, PictureDataset, Pictures, make_loader
 from .effects import EFFECTS_FILE, build_effects, effects_of_run, open_effects
-from .gallery import Exemplars
 from .model import LLB
-from .pages import gallery_page, picture_html, safe, sheet, table_html, tiles_of
+from .pages import gallery_page, picture_html, sheet, table_html, tiles_of
 from .plots import colour_of, label_places, top_objects
 from .runs import read_json
 from .runtime import InputError, Runtime, pick_device
