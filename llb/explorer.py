@@ -371,8 +371,8 @@ class Explorer:
     def stand_in(self)->str: # HTML
         "The picture and the object as pictures, for a notebook without a kernel; hidden while the explorer lives."
         text = f"Picture {self.i} of {self.catalog.name}, its map of latent objects and its predictions"
-        parts = [picture_html(self.draw("picture"), text)]
-        if not self.catalog.table["dead"][self.object]: parts.append(picture_html(self.draw("object"), f"Gallery of {self.catalog.title(self.object)}"))
+        parts = [picture_html(self.draw("picture"), text, dpi=72)]
+        if not self.catalog.table["dead"][self.object]: parts.append(picture_html(self.draw("object"), f"Gallery of {self.catalog.title(self.object)}", dpi=72))
         return f'<div data-llb-stand-in="{self.id}">{"".join(parts)}<p>Run the cell to explore.</p></div>'
 
     def keep(self):

@@ -319,7 +319,7 @@ def draw_tiles(
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for ax in axes.flat: ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
     for line, (name, e) in zip(axes, rows):
-        line[0].set_ylabel(plain_text(name, 20), fontsize=SMALL, color=INK)
+        line[0].set_ylabel(plain_text(name, 22), fontsize=SMALL, color=INK)
         whole = e.patch[0] < 0
         tiles = [catalog.album.tile(int(i), None) for i in e.image] if whole else tiles_of(catalog.album, e)
         for ax, tile, i, score in zip(line, tiles, e.image, e.score):
