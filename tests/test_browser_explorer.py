@@ -200,8 +200,14 @@ def test_scrolled_away_and_back_under_full_windowing(full_windowing, lab, run): 
     lab.page.evaluate(go, 0)
     picker.wait_for()
     until(lambda: picker.is_visible() and colours(picker) >= before / 2, "the canvases to be drawn again", 20)
-    parts = picker.locator("xpath=..")   # taken out of the page and put back, as windowing does with cells far away
-    parts.evaluate("x => { const home = x.parentElement, next = x.nextSibling; x.remove(); for (const c of x.querySelectorAll('canvas')) c.width = c.width; home.insertBefore(x, next) }")
+    picker.scroll_into_view_if_needed()
+    picker.locator("xpath=..").evaluate("""async x => {   // taken out of the page and put back, as windowing does with cells far away
+        const home = x.parentElement, next = x.nextSibling, wait = () => new Promise(r => setTimeout(r, 300));
+        x.remove();
+        for (const c of x.querySelectorAll('canvas')) c.width = c.width;   // and forgotten
+        await wait();
+        home.insertBefore(x, next);
+    }""")
     until(lambda: colours(picker) >= before / 2, "the canvases to be drawn again after they were out of the page", 20)
     lab.shot("back")
     patch, k = other_patch(index, 0, int(index.map(0)[0][3]))
