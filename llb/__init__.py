@@ -20,6 +20,7 @@ _HOME = {
     "start": "launch",
     "attach": "launch",
     "RunMonitor": "monitor",
+    "Explorer": "explorer",
 }
 __all__ = list(_HOME)
 

@@ -14,7 +14,7 @@ COMMANDS = {  # name: (module with a main(argv), what it does)
     "train": ("llb.train", "train LLB on a frozen backbone (also: torchrun -m llb.train)"),
     "check-data": ("llb.check_data", "read every picture a training run would read"),
     "launch": ("llb.launch", "start, list, look at and stop runs that go on by themselves"),
-    "report": ("llb.report", "draw the pictures of a finished run"),
+    "report": ("llb.report", "write the report of a finished run"),
     "recipes": ("llb.recipes", "list the paper's systems as recipes, with their cost"),
     "fetch": ("llb.weights", "fetch the embedded backbone into the cache"),
 }

@@ -110,6 +110,11 @@ def test_summary_and_table(index):
     assert np.array_equal(table["dense"], (np.stack([(IDS == k).any(1).mean() for k in range(K)]) > .5))
     counts = np.bincount(np.repeat(PICTURES.labels, H * W)[IDS.ravel() == 0], minlength=C)
     share = counts[counts > 0] / counts.sum()
+    for k in range(K):
+        inside = np.array([((IDS == k).sum(1) * (np.array(PICTURES.labels) == c)).sum() for c in range(C)])
+        c = inside.argmax()
+        pictures = ((IDS == k).any(1) & (np.array(PICTURES.labels) == c)).sum()
+        assert table["label_specific"][k] == (2 * inside[c] > inside.sum() and pictures >= 5)
     assert np.isclose(table["class_entropy"][0], -(share * np.log(share)).sum()) and table["top_class"][0] == counts.argmax()
     ids, lift, both = partners(index, 0, min_support=1)
     assert 0 not in ids and K - 1 not in ids and (np.diff(lift) <= 0).all() and np.array_equal(both, index.together[0, ids])
@@ -276,7 +281,7 @@ def test_a_run_is_indexed_once_and_again_when_its_model_changes(tmp_path):
         model.save_pretrained(tmp_path / "model")
         (tmp_path / "config.json").write_text(json.dumps({"config": config.to_dict()}))
     write()
-    index, effects = effects_of_run(tmp_path, "selection", "cpu", count=2)
+    index, effects = effects_of_run(str(tmp_path), "selection", "cpu", count=2)
     assert len(index) == len(effects) == len(make_data(config).selection) and (tmp_path / "objects/selection/index.json").exists()
     stamp = index.rows.path.stat().st_mtime_ns
     assert index_run(tmp_path, "selection", "cpu").rows.path.stat().st_mtime_ns == stamp

@@ -1,0 +1,103 @@
+"""How long a click in the explorer takes: a synthetic index of 50,000 pictures, 2,048 objects and 1,000 classes, with the bundled pictures behind it.
+
+    python benchmarks/explorer.py [--pictures 50000] [--objects 2048] [--classes 1000] [--clicks 60] [--folder FOLDER]
+
+Prints milliseconds from a click to everything being sent to the page, first for pictures that were never decoded, then for those still in memory.
+The browser's own part is not in it: see tests/test_browser_explorer.py.
+"""
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from llb.analysis import ObjectIndex, open_index
+from llb.backbones import Preprocessing
+from llb.data import load_data
+from llb.effects import EFFECTS_FILE
+from llb.gallery import PatchSample
+from llb.rows import Rows, RowWriter
+
+
+def synthetic_index(folder:Path, pictures:int=50_000, objects:int=2048, classes:int=1000, grid=(14, 14), dim:int=64, seed:int=0)->ObjectIndex:
+    "Write an index whose objects prefer some classes, without any model."
+    rng, N, folder = np.random.default_rng(seed), grid[0] * grid[1], Path(folder)
+    folder.mkdir(parents=True)
+    clipart = load_data(Path(__file__).parent.parent / "data/openclipart").val
+    files = [clipart.files[i % len(clipart)] for i in range(pictures)]
+    own = rng.integers(0, objects, (classes, 12))                                   # the objects a class likes
+    writer, effects = RowWriter(folder / "pictures.safetensors"), RowWriter(folder / EFFECTS_FILE)
+    sums = {"patches": np.zeros(objects), "images": np.zeros(objects), "patch_entropy": np.zeros(objects), "class_patches": np.zeros((classes, objects)),
+            "class_images": np.zeros((classes, objects)), "together": np.zeros((objects, objects))}
+    top = PatchSample(objects, 128)
+    for part in np.array_split(np.arange(pictures), max(1, pictures // 1000)):
+        label = rng.integers(0, classes, len(part))
+        region = own[label][np.arange(len(part))[:, None], rng.integers(0, 12, (len(part), N // 4))].repeat(4, 1)
+        first = np.where(rng.random((len(part), N)) < .7, region, rng.integers(0, objects, (len(part), N))).astype(np.int16)
+        p = rng.beta(2, 2, (len(part), N)).astype(np.float16)
+        logits = {f"{who}_logits": (rng.normal(size=(len(part), classes)) + 4 * np.eye(classes)[label]).astype(np.float32) for who in ("visual", "label")}
+        writer.add(label=label.astype(np.int32), objects=region[:, :32:4].astype(np.int32), shares=np.full((len(part), 8), .1, np.float32), first=first,
+                   confidence=p, **logits)
+        effects.add(objects=region[:, :32:4].astype(np.int32), predicted=label.astype(np.int32),
+                    **{n: rng.normal(size=(len(part), 8)).astype(np.float32) for n in ("drop", "random", "predicted_drop")})
+        top.add(part, first, p.astype(np.float32))
+        for f, y in zip(first, label):
+            ids, counts = np.unique(f, return_counts=True)
+            sums["patches"][ids] += counts; sums["images"][ids] += 1
+            sums["class_patches"][y, ids] += counts; sums["class_images"][y, ids] += 1
+            sums["together"][np.ix_(ids[:20], ids[:20])] += 1
+    writer.close()
+    effects.close()
+    kept = top.exemplars()
+    arrays = {**sums, "mass": sums["patches"].copy(), "class_count": np.bincount(Rows(folder / "pictures.safetensors")["label"], minlength=classes).astype(float),
+              **{n: np.zeros((size, dim)) for n, size in (("object_visual", objects), ("object_label", objects), ("class_visual", classes), ("class_label", classes))},
+              **{f"{kind}.{n}": np.ascontiguousarray(getattr(kept, n)) for kind in ("top", "sample") for n in ("score", "image", "patch")}}
+    save_file(arrays, folder / "objects.safetensors")
+    (folder / "files.json").write_text(json.dumps(files))
+    preprocessing = asdict(Preprocessing((16 * grid[0], 16 * grid[1]), (.5,) * 3, (.5,) * 3))
+    info = {"model": f"synthetic{seed}", "settings": {"alpha": .5, "num_objects": objects}, "backbone": "none", "grid": list(grid), "preprocessing": preprocessing,
+            "classes": [f"class {c}" for c in range(classes)], "pictures": pictures, "fingerprint": "synthetic", "root": str(clipart.root.resolve())}
+    (folder / "index.json").write_text(json.dumps(info))
+    return open_index(folder)
+
+
+def timed(what, *args)->float: # milliseconds
+    began = time.perf_counter()
+    what(*args)
+    return 1e3 * (time.perf_counter() - began)
+
+
+def measure(index:ObjectIndex, clicks:int=60, seed:int=0)->dict[str, np.ndarray]: # milliseconds by action
+    "Click patches, first of new pictures, then of the same ones."
+    from llb.explorer import Explorer
+    made = []
+    found, rng = {"open the explorer": [timed(lambda: made.append(Explorer(index)))]}, np.random.default_rng(seed)
+    explorer = made[0]
+    set_to = lambda widget, trait, values: [timed(setattr, widget, trait, v) for v in values]
+    places = [(int(rng.integers(len(index))), rng.permutation(index.grid[0] * index.grid[1])[:4].tolist()) for _ in range(max(1, clicks // 4))]
+    for which in "not yet decoded", "in memory":
+        moves, picks = found[f"next picture, pictures {which}"], found[f"click, pictures {which}"] = [], []
+        for i, patches in places:
+            moves.append(timed(explorer.show, i))
+            picks += set_to(explorer.picture_part.picker, "patch", patches)
+    found["alpha slider"] = set_to(explorer.picture_part.alpha, "value", np.linspace(0, 1, 20))
+    found["search"] = set_to(explorer.list_part.text, "value", ("class 7", "class 12", "19", ""))
+    found["sort"] = set_to(explorer.list_part.order, "value", ("most pictures", "most of one class", "largest effect"))
+    found["class"] = set_to(explorer.class_part.choice, "value", (3, 5, 8))
+    found["branches, first time"] = [timed(explorer.branch_part.look.click)]
+    return {k: np.array(v) for k, v in found.items()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in dict(pictures=50_000, objects=2048, classes=1000, clicks=60).items(): parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--folder", help="keep the index here, and use it again")
+    args = parser.parse_args()
+    folder = Path(args.folder or tempfile.mkdtemp()) / "index"
+    index = open_index(folder) if (folder / "index.json").exists() else synthetic_index(folder, args.pictures, args.objects, args.classes)
+    print(f"{len(index):,} pictures, K = {len(index.patches):,}, {len(index.classes):,} classes, {index.grid} patches")
+    for name, ms in measure(index, args.clicks).items(): print(f"{name:<36} median {np.median(ms):7.0f} ms   95 % {np.quantile(ms, .95):7.0f} ms   n = {len(ms)}")
