@@ -120,6 +120,8 @@ class RunOptions:
     timeout: float = 600                # seconds a process waits for another that does not answer
 
     def check(self):
+        _require(self.name is None or (Path(self.name).name == self.name and self.name != ".."), "name", self.name,
+                 "it must be the name of one folder, without / or ..; --save_dir says where that is")
         _require(self.log_every >= 1, "log_every", self.log_every, "it must be at least 1")
         _require(not (self.resume and self.overwrite), "resume", True, "a run cannot be resumed and overwritten at once; choose one")
 

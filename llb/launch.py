@@ -125,6 +125,10 @@ class Run(RunFolder):
         events = self.events()
         return bool(events) and events[-1]["kind"] != "end"
 
+    @property
+    def resumable(self)->bool: # whether it has come so far that there is something to go on with
+        return (self.folder / "events.jsonl").exists()
+
     def processes(self)->list[Process]:
         "The live processes of a run on this machine; workers are added to proc.json once they are seen."
         record = self.record
@@ -145,9 +149,11 @@ class Run(RunFolder):
         asked = read_json(self.launch / "stop.json").get("stage") if record else None
         if alive and not self.visible: return State("running", f"elsewhere; last heard of {time.time() - self.events()[-1]['time']:.0f} s ago")
         if alive: return State("stopping", asked) if asked else State("running" if opened else "starting")
-        if end and end["reason"] == "stopped": return State("stopped", f"by {end.get('by')} after step {end['step']}; resume goes on from there")
+        if end and end["reason"] == "stopped":
+            how = "as asked" if end.get("by") == "stop file" else f"by {end.get('by')}"
+            return State("stopped", f"{how} after step {end['step']}; resume goes on from there")
         if end: return State(end["reason"], end.get("error", ""))
-        if asked: return State("stopped", "before it could save; resume goes on from the last checkpoint, if there is one")
+        if asked: return State("stopped", "before it could save; " + ("resume goes on from the last checkpoint" if self.resumable else "start it again"))
         return State("failed", (self.error().strip().splitlines() or ["its processes are gone and left no word"])[-1])
 
     def wait(self, timeout:float|None=None)->State: # after `timeout` seconds, whatever it is by then

@@ -47,7 +47,7 @@ def check_folder(
     overwrite:bool=False  # an existing folder is emptied
 )->list[Path]: # what is in it
     "Raise `InputError` for an existing run folder without leave, or a missing one to resume. Changes nothing."
-    held = [p for p in folder.iterdir() if p.name != LAUNCH] if folder.is_dir() else []
+    held = [p for p in folder.iterdir() if p.name not in (LAUNCH, "stop")] if folder.is_dir() else []
     if resume and not held: raise InputError(f"There is no run to resume in {str(folder)!r}; start it without --resume.")
     if held and not resume and not overwrite:
         raise InputError(f"The run folder {str(folder)!r} exists; add --resume to go on with it, --overwrite to replace it, or another --name.")

@@ -181,14 +181,16 @@ def test_start_stop_and_resume_by_button(lab):
     lab.shot("at-200-percent")
     lab.page.set_viewport_size(VIEW)
     lab.press("Stop")
-    until(lambda: "stopped: by stop file" in lab.status(), "the run to be stopped")
+    until(lambda: "stopped: as asked" in lab.status(), "the run to be stopped")
     lab.shot("stopped")
     assert load_newest(folder / "checkpoints")["step"] == attach(folder).progress().step
     assert not attach(folder).processes()
+    lab.panel.get_by_text("log of all ranks", exact=True).click()   # read when it is opened, though nothing happens any more
+    until(lambda: "Stopped after step" in lab.panel.get_by_role("log", name="log of all ranks").inner_text(), "the log of a run that has ended")
     lab.press("Resume")
     until(lambda: "running; epoch" in lab.status(), "the run to be at work again")
     lab.press("Stop")
-    until(lambda: "stopped: by stop file" in lab.status(), "the run to be stopped again")
+    until(lambda: "stopped: as asked" in lab.status(), "the run to be stopped again")
 
 
 @pytest.mark.parametrize("end", ["restart", "kill"])
@@ -213,7 +215,7 @@ def test_attach_after_the_kernel_has_ended(lab, end):
     assert run.progress().step > step
     lab.shot("attached")
     lab.press("Stop")
-    until(lambda: "stopped: by stop file" in lab.status(), "the run to be stopped")
+    until(lambda: "stopped: as asked" in lab.status(), "the run to be stopped")
     assert not run.processes()
 
 
@@ -233,7 +235,7 @@ def test_interrupting_the_kernel_leaves_the_run_alone(lab):
     until(lambda: lab.status() != before, "the monitor to move")
     assert run.state.name == "running" and len(run.processes()) >= 3
     lab.press("Stop")
-    until(lambda: "stopped: by stop file" in lab.status(), "the run to be stopped")
+    until(lambda: "stopped: as asked" in lab.status(), "the run to be stopped")
 
 
 @pytest.mark.parametrize("lab", ["full"], indirect=True)
@@ -256,7 +258,7 @@ def test_the_monitor_survives_full_windowing(lab):
     until(lambda: lab.panel.locator("img[alt^='Assignment maps']").count() == 1, "the assignment maps to be back")
     lab.shot("back")
     lab.press("Stop")
-    until(lambda: "stopped: by stop file" in lab.status(), "the run to be stopped")
+    until(lambda: "stopped: as asked" in lab.status(), "the run to be stopped")
 
 
 def test_two_notebooks_train_at_once(lab):

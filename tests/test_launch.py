@@ -149,10 +149,19 @@ def test_stop_escalates(config):
 
 
 def test_stop_before_the_first_step(config):
-    run = start(config, nproc=2)
-    assert run.state.name == "starting"
-    assert run.stop(grace=30).name == "stopped"
+    """Asked while the processes are still coming up: the run opens, finishes its first step and saves, and can be resumed."""
+    run = start(config, nproc=1)
+    run.stop()
+    assert run.state.name == "stopped" and run.resumable, f"{run.state}\n{run.log()}"
+    assert "exists" not in run.log() and (run.folder / "checkpoints").is_dir()
     no_process_of(run)
+
+
+def test_a_run_killed_before_it_began_cannot_be_resumed_but_started(config):
+    run = start(config, nproc=1)
+    run.stop(grace=0)
+    assert run.state.name == "stopped" and not run.resumable and "start it again" in run.state.reason
+    at_work(start(config, nproc=1)).stop()
 
 
 def test_killed_worker_fails_the_run_with_the_signal(config):
