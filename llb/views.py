@@ -116,7 +116,7 @@ def read_link(
 KINDS = {"all": lambda c: np.ones(len(c), bool), "live": lambda c: ~c.table["dead"], "dead": lambda c: c.table["dead"], "dense": lambda c: c.table["dense"],
          "label-specific": lambda c: c.table["label_specific"], "pinned": lambda c: np.isin(np.arange(len(c)), c.notes.pins),
          "named": lambda c: np.isin(np.arange(len(c)), list(c.notes.names))}
-ORDERS = {"most patches": lambda c: -c.table["patches"], "most pictures": lambda c: -c.table["images"], "most of one class": lambda c: -c.table["top_class_share"],
+ORDERS = {"most patches": lambda c: -c.table["patches"], "most pictures": lambda c: -c.table["images"], "most of one class": lambda c: -np.where(c.table["images"] >= 5, np.nan_to_num(c.table["top_class_share"]), 0),
           "most certain": lambda c: c.table["patch_entropy"], "least certain": lambda c: -c.table["patch_entropy"],
           "largest effect": lambda c: -np.nan_to_num(np.where(c.drop[1] >= 5, np.abs(c.drop[0]), 0)).max(0) if c.drop else np.zeros(len(c)),
           "number": lambda c: np.arange(len(c))}
