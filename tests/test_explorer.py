@@ -1,4 +1,5 @@
 """The explorer's answers without a browser: names from anyone, pictures that are gone, two threads, colours that everybody can tell apart."""
+import gc
 import json
 import resource
 import sys
@@ -211,10 +212,13 @@ def test_the_index_of_ten_times_the_pictures_needs_no_more_memory(model, tmp_pat
         pictures = CLIPART.take(list(range(200)) * times)
         pictures = Pictures(pictures.root, pictures.files, tuple(y % 4 for y in pictures.labels), NASTY, pictures.files)
         loader = make_loader(PictureDataset(pictures, model.backbone.transform()), EvalBatches(len(pictures), 32))
+        gc.collect()
+        gc.freeze()   # what earlier tests left must not delay the collection of garbage
         tracemalloc.start()
         build_effects(model, loader, build_index(model, loader, tmp_path / str(times), RUNTIME), RUNTIME, 2)
         most = tracemalloc.get_traced_memory()[1] / 1e6
         tracemalloc.stop()
+        gc.unfreeze()
         return most, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     peak(1)
     (small, before), (large, after) = peak(1), peak(10)
