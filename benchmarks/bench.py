@@ -1,0 +1,318 @@
+"""Step time, images/s, peak memory and input speed, each against a plain version, measured side by side in one run.
+
+    python benchmarks/bench.py                      # the table (`make bench`); --device cuda on a GPU (`make bench-gpu`)
+    python benchmarks/bench.py --sweep              # how a step grows with K, L, N and batch
+    python benchmarks/bench.py --ddp                # one process, two processes, and two that exchange nothing
+    python benchmarks/bench.py --show FILE          # the tables of a result that was kept
+
+Each variant lives in a process of its own, so that its peak memory is its own; the processes take turns, one measurement each, and wait while another one
+works. A ratio is formed within a round, between neighbours in time; median and quartiles over the rounds are shown. Where a machine has other work, wall
+time tells of that too: CPU seconds are kept beside it.
+"""
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median, quantiles
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+MODEL = dict(backbone="vit_base_patch16_224", random_trunk=True, num_objects=2048, num_layers=6, target_layer=11, opt="Adam", clip_grad=None)
+CLASSES = 1000
+STEPS = {   # the variants of a training step: options of llb's configuration, and of the measurement
+    "plain": dict(),
+    "eager": dict(config={}),
+    "compiled": dict(config=dict(compile=True)),
+    "bf16": dict(config=dict(amp=True, trunk_dtype="bfloat16")),
+    "bf16+compiled": dict(config=dict(amp=True, trunk_dtype="bfloat16", compile=True)),
+    "cached": dict(config={}, cached=True),
+    "cached+compiled": dict(config=dict(compile=True), cached=True),
+    "cached+bf16+compiled": dict(config=dict(amp=True, compile=True), cached=True),
+}
+INPUTS = {"plain": "plain", "ours": "ours"}
+PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}   # dense, per second
+
+
+# Workers: a process each
+
+def served(measure):
+    "Answer each line of standard input with one measurement."
+    print("ready", flush=True)
+    for line in sys.stdin: print(json.dumps(measure(json.loads(line))), flush=True)
+
+
+def peak_mb(device):
+    if device.startswith("cuda"):
+        import torch
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def make_step(name, device, batch=8, image=224, objects=2048, layers=6):
+    "A training step as a function without arguments, and the GFLOPs that one image needs."
+    import torch
+    from llb.config import Config, make_backbone, make_model
+    from llb.cost import config_cost
+    from llb.runtime import Runtime, pick_device
+    from llb.trainer import TrainStep
+    torch.manual_seed(0)
+    place, variant = pick_device(device), STEPS[name]
+    images, labels = torch.randn(batch, 3, image, image, device=place), torch.arange(batch, device=place) % CLASSES
+    config = Config(**{**MODEL, "num_objects": objects, "num_layers": layers, "image_size": image, "batch_size": batch, **variant.get("config", {})})
+    gflops = config_cost(config, CLASSES).train
+    if "config" not in variant:
+        from plain import PlainLLB, plain_step
+        model = PlainLLB(image=image, objects=objects, layers=layers).to(place)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], config.lr, weight_decay=config.weight_decay)
+        return lambda: plain_step(model, optimizer, images, labels, amp=place.type == "cuda"), gflops
+    model = make_model(config, make_backbone(config, CLASSES), CLASSES).to(place).train()
+    step = TrainStep(model, config, Runtime(place, amp=config.amp))
+    data = {"image": images, "label": labels, "index": torch.arange(batch)}
+    if variant.get("cached"):
+        features = model.features(images)
+        data = {"tokens": features.tokens.bfloat16(), "visual_logits": torch.zeros(batch, CLASSES, device=place), **{k: data[k] for k in ("label", "index")}}
+        model.backbone.trunk.cpu()
+    return lambda: step(data, 0, 0.0), gflops
+
+
+def step_worker(name, device, **size):
+    step, gflops = make_step(name, device, **size)
+    step()
+    step()
+    def measure(request):
+        import torch
+        wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+        wait()
+        began, cpu = time.perf_counter(), time.process_time()
+        for _ in range(request["steps"]): step()
+        wait()
+        return {"seconds": (time.perf_counter() - began) / request["steps"], "cpu_seconds": (time.process_time() - cpu) / request["steps"],
+                "peak_mb": peak_mb(device), "gflops": gflops}
+    served(measure)
+
+
+def make_jpegs(folder, count, side=512):
+    "Pictures with the spectrum of photographs (amplitude 1/f), about 75 kB each at quality 90."
+    import numpy as np
+    from PIL import Image
+    rng, f = np.random.default_rng(0), np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.rfftfreq(side), indexing="ij"))
+    f[0, 0] = 1
+    for i in range(count):
+        target = folder / f"c{i % 2}"
+        target.mkdir(parents=True, exist_ok=True)
+        noise = np.fft.irfft2(rng.normal(size=(3, *f.shape)) * np.exp(2j * np.pi * rng.random((3, *f.shape))) / f, s=(side, side))
+        mixed = noise.mean(0) * 1.5 + noise * .5
+        scaled = (mixed / mixed.std() * 55 + 120).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+        Image.fromarray(scaled).save(target / f"{i:05}.jpg", quality=90)
+    return folder
+
+
+def plain_transform():
+    "What a first program writes: the release's choice of operations, one after another, on each picture."
+    from torchvision import transforms as t
+    return t.Compose([t.Resize(256), t.CenterCrop(224), t.RandAugment(3, 9), t.ToTensor(), t.Normalize((.485, .456, .406), (.229, .224, .225))])
+
+
+def make_input(name, folder):
+    "A function from a number to a picture that a model can take, [3,224,224] float32."
+    from PIL import Image
+    from llb.backbones import Preprocessing
+    from llb.data import PictureDataset, scan_folder
+    pictures, kind = scan_folder(folder), INPUTS[name]
+    if kind == "plain":
+        transform = plain_transform()
+        def load(i):
+            with Image.open(pictures.root / pictures.files[i % len(pictures)]) as picture: return transform(picture.convert("RGB"))
+        return load
+    geometry = Preprocessing((224, 224), (.485, .456, .406), (.229, .224, .225), "bilinear", 224 / 256)
+    dataset = PictureDataset(pictures, geometry.transform(train=True))
+    return lambda i: dataset[i // len(pictures), i % len(pictures)]["image"]
+
+
+def input_worker(name, folder):
+    import torch
+    torch.set_num_threads(1)
+    load, done = make_input(name, Path(folder)), 0
+    load(0)
+    def measure(request):
+        nonlocal done
+        began, cpu = time.perf_counter(), time.process_time()
+        for i in range(request["pictures"]): load(done + i)
+        done += request["pictures"]
+        return {"seconds": (time.perf_counter() - began) / request["pictures"], "cpu_seconds": (time.process_time() - cpu) / request["pictures"]}
+    served(measure)
+
+
+# The conductor
+
+class Worker:
+    "One variant in its process."
+    def __init__(self, *words, env=()):
+        self.process = subprocess.Popen([sys.executable, __file__, *map(str, words)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env={**os.environ, **dict(env)})
+        while (line := self.process.stdout.readline().strip()) != "ready":
+            if not line and self.process.poll() is not None: raise SystemExit(f"the worker {words} ended")
+
+    def measure(self, **request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def interleave(workers, rounds, **request):
+    "Measurements of each worker, taken in turns: name -> list."
+    found = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, worker in workers.items(): found[name].append(worker.measure(**request))
+    for worker in workers.values(): worker.close()
+    return found
+
+
+def spread(values):
+    "Median and quartiles."
+    low, _, high = quantiles(values, n=4) if len(values) > 1 else values * 3
+    return {"median": median(values), "low": low, "high": high}
+
+
+def summary(found, base, per=1):
+    "Seconds, images/s and the ratio to a base, by variant."
+    rows = {}
+    for name, values in found.items():
+        rows[name] = {"seconds": spread([v["seconds"] for v in values]), "images_per_s": per / median(v["seconds"] for v in values),
+                      "speed_ratio": spread([b["seconds"] / v["seconds"] for b, v in zip(found[base], values)]),
+                      "cpu_speed_ratio": spread([b["cpu_seconds"] / v["cpu_seconds"] for b, v in zip(found[base], values)])}
+        if "peak_mb" in values[0]:
+            peak = max(v["peak_mb"] for v in values)
+            rows[name] |= {"peak_mb": peak, "memory_ratio": peak / max(v["peak_mb"] for v in found[base]), "gflops_per_image": values[0]["gflops"]}
+    return rows
+
+
+def matmul_rates(device):
+    "GFLOP/s of one layer's product, which says what half precision can give on this machine."
+    import torch
+    rates, wait = {}, torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    for dtype in torch.float32, torch.bfloat16:
+        x, w = torch.randn(1576, 768, device=device, dtype=dtype), torch.randn(3072, 768, device=device, dtype=dtype)
+        times = []
+        for _ in range(15):
+            wait(); began = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            wait(); times.append(time.perf_counter() - began)
+        rates[str(dtype).split(".")[1]] = 2 * 1576 * 768 * 3072 / min(times) / 1e9
+    return rates
+
+
+def machine(device):
+    "Where and with what it was measured."
+    import timm, torch, torchvision
+    from PIL import __version__ as pillow
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    field = lambda key: next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith(key)), "")
+    flags = set(field("flags").split())
+    git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True, cwd=HERE).stdout.strip()
+    return {"cpu": field("model name") or platform.processor(), "cores": os.cpu_count(), "instructions": sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni"}),
+            "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu", "threads": torch.get_num_threads(),
+            "load_before": os.getloadavg(), "matmul_gflops_per_s": matmul_rates(device), "python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": torchvision.__version__, "timm": timm.__version__, "pillow": pillow, "commit": git("rev-parse", "HEAD"),
+            "changed_since_commit": bool(git("status", "--porcelain", "llb")), "time": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+
+
+# What is measured
+
+def bench_steps(args):
+    "The table of training steps."
+    names = [n for n in STEPS if not args.only or n in args.only.split(",")]
+    workers = {n: Worker("--step", n, "--device", args.device) for n in names}
+    return summary(interleave(workers, args.rounds, steps=10 if args.device.startswith("cuda") else 1), names[0], per=8)
+
+
+def bench_input(args, folder):
+    "The table of input pipelines, on one core each."
+    workers = {n: Worker("--input", n, "--folder", folder, env={"OMP_NUM_THREADS": "1", "LLB_CACHE": str(folder / "cache")}.items()) for n in INPUTS}
+    return summary(interleave(workers, args.rounds, pictures=32), "plain")
+
+
+SWEEP = {"objects": [512, 2048, 8192, 32768], "layers": [2, 4, 6, 8], "image": [224, 320, 384], "batch": [2, 4, 8, 16]}
+
+def bench_sweep(args):
+    "Our step and the plain one as one size changes: rows of (size, value)."
+    rows = {}
+    for size, values in SWEEP.items():
+        for value in values:
+            found = interleave({n: Worker("--step", n, "--device", args.device, f"--{size}", value) for n in ("plain", "eager")}, args.rounds,
+                               steps=10 if args.device.startswith("cuda") else 1)
+            rows[f"{size} {value}"] = summary(found, "plain", per=value if size == "batch" else 8)
+            print(f"{size} {value}: " + ", ".join(f"{n} {r['seconds']['median']:.2f} s {r['peak_mb']:.0f} MB" for n, r in rows[f"{size} {value}"].items()), flush=True)
+    return rows
+
+
+# Tables
+
+def cell(s, form="{:.2f}"): return f"{form.format(s['median'])} ({form.format(s['low'])}-{form.format(s['high'])})"
+
+
+def step_table(rows, peak=None):
+    "Markdown."
+    lines = ["| training step | s a step | images/s | times plain | times plain, CPU seconds | peak MB | share of plain |" + (" MFU |" if peak else ""),
+             "|---|---|---|---|---|---|---|" + ("---|" if peak else "")]
+    for name, r in rows.items():
+        mfu = f" {r['gflops_per_image'] * 1e9 * r['images_per_s'] / peak:.1%} |" if peak else ""
+        lines.append(f"| {name} | {cell(r['seconds'])} | {r['images_per_s']:.2f} | {cell(r['speed_ratio'])} | {cell(r['cpu_speed_ratio'])} | "
+                     f"{r['peak_mb']:.0f} | {r['memory_ratio']:.2f} |{mfu}")
+    return "\n".join(lines)
+
+
+def input_table(rows):
+    "Markdown."
+    return "\n".join(["| input, one core | ms a picture | images/s | times plain |", "|---|---|---|---|",
+                      *(f"| {n} | {r['seconds']['median'] * 1e3:.2f} | {r['images_per_s']:.0f} | {cell(r['speed_ratio'], '{:.1f}')} |" for n, r in rows.items())])
+
+
+def show(result):
+    "All tables of a result."
+    m = result["machine"]
+    peak = next((v for k, v in PEAK_BF16.items() if k in m["device"]), None)
+    rates = ", ".join(f"{k} {v:.0f}" for k, v in m["matmul_gflops_per_s"].items())
+    print(f"{m['cpu']}, {m['cores']} cores, {m['device']}; load {m['load_before'][0]:.1f} before; matmul GFLOP/s: {rates}; torch {m['torch']}; commit {m['commit'][:8]}; {m['time']}\n")
+    if "steps" in result: print(step_table(result["steps"], peak), "\n")
+    if "input" in result: print(input_table(result["input"]), "\n")
+    for key, rows in result.get("sweep", {}).items(): print(key, {n: (round(r["seconds"]["median"], 2), round(r["peak_mb"])) for n, r in rows.items()})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="variants of the step, with commas; the first is the base")
+    parser.add_argument("--out", type=Path, help="where the result is kept as JSON")
+    parser.add_argument("--show", type=Path)
+    for part in "sweep", "no-steps", "no-input": parser.add_argument(f"--{part}", action="store_true")
+    for role in "step", "input", "folder": parser.add_argument(f"--{role}", help=argparse.SUPPRESS)
+    for size in "batch", "image", "objects", "layers": parser.add_argument(f"--{size}", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.show: return show(json.loads(args.show.read_text()))
+    if args.step: return step_worker(args.step, args.device, **{k: v for k, v in vars(args).items() if k in ("batch", "image", "objects", "layers") and v})
+    if args.input: return input_worker(args.input, args.folder)
+    result = {"machine": machine(args.device)}
+    if args.sweep: result["sweep"] = bench_sweep(args)
+    else:
+        if not args.no_steps: result["steps"] = bench_steps(args)
+        with tempfile.TemporaryDirectory() as folder:
+            if not args.no_input: result["input"] = bench_input(args, make_jpegs(Path(folder) / "pictures", 64).parent / "pictures")
+    result["machine"]["load_after"] = os.getloadavg()
+    if args.out: args.out.write_text(json.dumps(result, indent=1) + "\n")
+    show(result)
+
+
+if __name__ == "__main__": main()
