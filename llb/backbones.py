@@ -62,6 +62,14 @@ class Preprocessing:
             v2.CenterCrop((height, width)), *augment, v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(self.mean, self.std)])
 
+    def normalise(self,
+        pixels:Tensor # [...,3,H,W] uint8
+    )->Tensor: # float32, as `transform` gives it; on the same device
+        "The last step of the transform, for pictures that have had the others. No host sync: the constants are filled in on the device."
+        images = pixels.to(torch.float32).mul_(1 / 255)
+        for channel, mean, std in zip(images.unbind(-3), self.mean, self.std): channel.sub_(mean).div_(std)
+        return images
+
     def to_picture(self,
         images:Tensor # [...,3,H,W] as `transform` gives them
     )->Tensor: # [...,H,W,3] in 0..1
