@@ -152,7 +152,7 @@ class Storage(ModelHubMixin, library_name="llb", tags=["latent-objects"]):
         config = {"trunk": describe_trunk(self.backbone), "model": self.settings}
         (save_directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         save_file(self.head.state_dict(), save_directory / WEIGHTS_FILE)
-        if not self.backbone.reloadable: save_file(self.backbone.trunk.state_dict(), save_directory / TRUNK_FILE)
+        if not self.backbone.reloadable: save_file(self.backbone.state(), save_directory / TRUNK_FILE)
 
     @classmethod
     def _from_pretrained(cls, *, model_id:str, backbone:Backbone|None=None, revision=None, cache_dir=None,
