@@ -35,7 +35,13 @@ STEPS = {   # the variants of a training step: options of llb's configuration, a
     "cached+compiled": dict(config=dict(compile=True), cached=True),
     "cached+bf16+compiled": dict(config=dict(amp=True, compile=True), cached=True),
 }
-INPUTS = {"plain": "plain", "ours": "ours"}
+INPUTS = {   # the variants of the input; each gives [3,224,224]
+    "plain": "the release's choice of operations on each picture, one after another",
+    "files": "our plain path: the same operations, random numbers that depend on nothing but seed, epoch and picture",
+    "files, draft decoding": "JPEGs decoded at half their size where that is enough: other pixels",
+    "store, normalised here": "pictures from the pixel store, augmented, and made float32 on this core",
+    "store": "the same, left as bytes: the device normalises them (what a loader worker does)",
+}
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}   # dense, per second
 
 
@@ -99,7 +105,7 @@ def step_worker(name, device, **size):
 
 
 def make_jpegs(folder, count, side=512):
-    "Pictures with the spectrum of photographs (amplitude 1/f), about 75 kB each at quality 90."
+    "Pictures with the spectrum of photographs (amplitude 1/f); at quality 90 about 170 kB each, as many bytes a pixel as ImageNet's have."
     import numpy as np
     from PIL import Image
     rng, f = np.random.default_rng(0), np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.rfftfreq(side), indexing="ij"))
@@ -121,19 +127,29 @@ def plain_transform():
 
 
 def make_input(name, folder):
-    "A function from a number to a picture that a model can take, [3,224,224] float32."
+    "A function from a number to a picture that a model can take: float32, or bytes where the device does the rest."
+    from dataclasses import replace
     from PIL import Image
+    from llb.augment import RandAugment
     from llb.backbones import Preprocessing
     from llb.data import PictureDataset, scan_folder
-    pictures, kind = scan_folder(folder), INPUTS[name]
-    if kind == "plain":
+    from llb.pixels import PixelDataset, build_pixels
+    from llb.runtime import Runtime, pick_device
+    pictures = scan_folder(folder)
+    n, geometry = len(pictures), Preprocessing((224, 224), (.485, .456, .406), (.229, .224, .225), "bilinear", 224 / 256)
+    if name == "plain":
         transform = plain_transform()
         def load(i):
-            with Image.open(pictures.root / pictures.files[i % len(pictures)]) as picture: return transform(picture.convert("RGB"))
+            with Image.open(pictures.root / pictures.files[i % n]) as picture: return transform(picture.convert("RGB"))
         return load
-    geometry = Preprocessing((224, 224), (.485, .456, .406), (.229, .224, .225), "bilinear", 224 / 256)
+    if name.startswith("store"):
+        store = build_pixels(pictures, geometry, Runtime(pick_device("cpu")), Path(folder).parent / "stores" / str(os.getpid()))
+        dataset = PixelDataset(store, pictures, {f: i for i, f in enumerate(pictures.files)}, RandAugment())
+        if name == "store": return lambda i: dataset[divmod(i, n)]["pixels"]
+        return lambda i: geometry.normalise(dataset[divmod(i, n)]["pixels"])
+    if "draft" in name: pictures = replace(pictures, draft=256)
     dataset = PictureDataset(pictures, geometry.transform(train=True))
-    return lambda i: dataset[i // len(pictures), i % len(pictures)]["image"]
+    return lambda i: dataset[divmod(i, n)]["image"]
 
 
 def input_worker(name, folder):

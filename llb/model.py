@@ -64,7 +64,7 @@ def first_token(
     x:Tensor # [B,N,D]
 )->Tensor: # [B,D]
     "`block(x)[:, 0]`, computed for the first token alone."
-    attn, (B, N, D) = block.attn, x.shape
+    attn, D = block.attn, x.shape[-1]
     y, weight, bias = block.norm1(x), attn.qkv.weight, attn.qkv.bias
     heads = lambda t: t.unflatten(-1, (attn.num_heads, D // attn.num_heads)).transpose(1, 2)   # [B,N,D] -> [B,H,N,D/H]
     k, v = linear(y, weight[D:], bias[D:]).chunk(2, -1)
