@@ -28,6 +28,7 @@ CLASSES = 1000
 STEPS = {   # the variants of a training step: options of llb's configuration, and of the measurement
     "plain": dict(),
     "eager": dict(config={}),
+    "eager, 2 micro-batches": dict(config=dict(micro_batches=2)),
     "compiled": dict(config=dict(compile=True)),
     "bf16": dict(config=dict(amp=True, trunk_dtype="bfloat16")),
     "bf16+compiled": dict(config=dict(amp=True, trunk_dtype="bfloat16", compile=True)),
@@ -37,7 +38,8 @@ STEPS = {   # the variants of a training step: options of llb's configuration, a
 }
 INPUTS = {   # the variants of the input; each gives [3,224,224]
     "plain": "the release's choice of operations on each picture, one after another",
-    "files": "our plain path: the same operations, random numbers that depend on nothing but seed, epoch and picture",
+    "oracle": "the plain path of `llb`: the same, with random numbers that depend on nothing but seed, epoch and picture",
+    "files": "what a run does without a store: the same pixels, augmented as planes of bytes, which the device normalises",
     "files, draft decoding": "JPEGs decoded at half their size where that is enough: other pixels",
     "store, normalised here": "pictures from the pixel store, augmented, and made float32 on this core",
     "store": "the same, left as bytes: the device normalises them (what a loader worker does)",
@@ -89,18 +91,20 @@ def make_step(name, device, batch=8, image=224, objects=2048, layers=6):
 
 
 def step_worker(name, device, **size):
+    import torch
+    from llb.trainer import TrainStep  # noqa: F401, so that imports are in `before`
+    before = peak_mb(device)
     step, gflops = make_step(name, device, **size)
     step()
     step()
     def measure(request):
-        import torch
         wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
         wait()
         began, cpu = time.perf_counter(), time.process_time()
         for _ in range(request["steps"]): step()
         wait()
         return {"seconds": (time.perf_counter() - began) / request["steps"], "cpu_seconds": (time.process_time() - cpu) / request["steps"],
-                "peak_mb": peak_mb(device), "gflops": gflops}
+                "peak_mb": peak_mb(device), "before_mb": before, "gflops": gflops}
     served(measure)
 
 
@@ -133,7 +137,7 @@ def make_input(name, folder):
     from llb.augment import RandAugment
     from llb.backbones import Preprocessing
     from llb.data import PictureDataset, scan_folder
-    from llb.pixels import PixelDataset, build_pixels
+    from llb.pixels import Geometry, PixelDataset, build_pixels
     from llb.runtime import Runtime, pick_device
     pictures = scan_folder(folder)
     n, geometry = len(pictures), Preprocessing((224, 224), (.485, .456, .406), (.229, .224, .225), "bilinear", 224 / 256)
@@ -144,11 +148,11 @@ def make_input(name, folder):
         return load
     if name.startswith("store"):
         store = build_pixels(pictures, geometry, Runtime(pick_device("cpu")), Path(folder).parent / "stores" / str(os.getpid()))
-        dataset = PixelDataset(store, pictures, {f: i for i, f in enumerate(pictures.files)}, RandAugment())
-        if name == "store": return lambda i: dataset[divmod(i, n)]["pixels"]
-        return lambda i: geometry.normalise(dataset[divmod(i, n)]["pixels"])
+        dataset = PixelDataset(pictures, store, RandAugment())
+        if name == "store": return lambda i: dataset[divmod(i, n)]["image"]
+        return lambda i: geometry.normalise(dataset[divmod(i, n)]["image"])
     if "draft" in name: pictures = replace(pictures, draft=256)
-    dataset = PictureDataset(pictures, geometry.transform(train=True))
+    dataset = PictureDataset(pictures, geometry.transform(train=True)) if name == "oracle" else PixelDataset(pictures, Geometry(geometry), RandAugment())
     return lambda i: dataset[divmod(i, n)]["image"]
 
 
@@ -205,12 +209,14 @@ def summary(found, base, per=1):
     "Seconds, images/s and the ratio to a base, by variant."
     rows = {}
     for name, values in found.items():
-        rows[name] = {"seconds": spread([v["seconds"] for v in values]), "images_per_s": per / median(v["seconds"] for v in values),
+        rows[name] = {"seconds": spread([v["seconds"] for v in values]), "cpu_seconds": spread([v["cpu_seconds"] for v in values]), "images_per_s": per / median(v["seconds"] for v in values),
                       "speed_ratio": spread([b["seconds"] / v["seconds"] for b, v in zip(found[base], values)]),
                       "cpu_speed_ratio": spread([b["cpu_seconds"] / v["cpu_seconds"] for b, v in zip(found[base], values)])}
         if "peak_mb" in values[0]:
             peak = max(v["peak_mb"] for v in values)
-            rows[name] |= {"peak_mb": peak, "memory_ratio": peak / max(v["peak_mb"] for v in found[base]), "gflops_per_image": values[0]["gflops"]}
+            base_peak, before = max(v["peak_mb"] for v in found[base]), values[0]["before_mb"]
+            rows[name] |= {"peak_mb": peak, "memory_ratio": peak / base_peak, "before_mb": before, "gflops_per_image": values[0]["gflops"],
+                           "own_memory_ratio": (peak - before) / (base_peak - found[base][0]["before_mb"])}
     return rows
 
 
@@ -248,7 +254,7 @@ def machine(device):
 
 def bench_steps(args):
     "The table of training steps."
-    names = [n for n in STEPS if not args.only or n in args.only.split(",")]
+    names = [n for n in STEPS if not args.only or n in args.only.split(";")]
     workers = {n: Worker("--step", n, "--device", args.device) for n in names}
     return summary(interleave(workers, args.rounds, steps=10 if args.device.startswith("cuda") else 1), names[0], per=8)
 
@@ -257,6 +263,45 @@ def bench_input(args, folder):
     "The table of input pipelines, on one core each."
     workers = {n: Worker("--input", n, "--folder", folder, env={"OMP_NUM_THREADS": "1", "LLB_CACHE": str(folder / "cache")}.items()) for n in INPUTS}
     return summary(interleave(workers, args.rounds, pictures=32), "plain")
+
+
+def ddp_rank(args):
+    "One of the processes of `bench_ddp`: steps with and without exchange of gradients in turn, and the exchange alone."
+    import torch
+    import torch.distributed as dist
+    from contextlib import nullcontext
+    from llb.config import Config, make_backbone, make_model
+    from llb.runtime import barrier, start_runtime
+    from llb.trainer import TrainStep
+    with start_runtime(args.device) as runtime:
+        torch.manual_seed(0)
+        config = Config(**{**MODEL, "batch_size": 4})
+        step = TrainStep(make_model(config, make_backbone(config, CLASSES), CLASSES).to(runtime.device).train(), config, runtime)
+        batch = {"image": torch.randn(4, 3, 224, 224, device=runtime.device), "label": torch.arange(4, device=runtime.device), "index": torch.arange(4)}
+        gradient, exchange = torch.zeros(sum(p.numel() for p in step.model.head.parameters()), device=runtime.device), step.exchange
+        alone = lambda last: step.head.no_sync() if runtime.world_size > 1 else nullcontext()
+        found = {"exchanging": [], "not exchanging": [], "exchange alone": []}
+        for i in range(args.rounds + 1):
+            for name in found:
+                step.exchange = alone if name == "not exchanging" else exchange
+                barrier()
+                began = time.perf_counter()
+                if name != "exchange alone": step(batch, 0, 0.)
+                elif runtime.world_size > 1: dist.all_reduce(gradient)
+                if runtime.device.type == "cuda": torch.cuda.synchronize()
+                if i: found[name].append(time.perf_counter() - began)
+        if runtime.is_main: print("RESULT " + json.dumps({"processes": runtime.world_size, "gradient_mb": gradient.nbytes / 1e6, **{k: spread(v) for k, v in found.items()}}))
+
+
+def bench_ddp(args):
+    "Steps of 4 images a process, one thread each: with one process and with two."
+    rows = []
+    for n in 1, 2:
+        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", __file__, "--ddp-rank", "--device", args.device, "--rounds", args.rounds]
+        done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode: raise SystemExit(done.stderr)
+        rows.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT ")))
+    return rows
 
 
 SWEEP = {"objects": [512, 2048, 8192, 32768], "layers": [2, 4, 6, 8], "image": [224, 320, 384], "batch": [2, 4, 8, 16]}
@@ -280,19 +325,20 @@ def cell(s, form="{:.2f}"): return f"{form.format(s['median'])} ({form.format(s[
 
 def step_table(rows, peak=None):
     "Markdown."
-    lines = ["| training step | s a step | images/s | times plain | times plain, CPU seconds | peak MB | share of plain |" + (" MFU |" if peak else ""),
-             "|---|---|---|---|---|---|---|" + ("---|" if peak else "")]
+    lines = ["| training step | s a step | images/s | times plain | times plain, CPU seconds | peak MB | share of plain | without imports |" + (" MFU |" if peak else ""),
+             "|---|---|---|---|---|---|---|---|" + ("---|" if peak else "")]
     for name, r in rows.items():
         mfu = f" {r['gflops_per_image'] * 1e9 * r['images_per_s'] / peak:.1%} |" if peak else ""
         lines.append(f"| {name} | {cell(r['seconds'])} | {r['images_per_s']:.2f} | {cell(r['speed_ratio'])} | {cell(r['cpu_speed_ratio'])} | "
-                     f"{r['peak_mb']:.0f} | {r['memory_ratio']:.2f} |{mfu}")
+                     f"{r['peak_mb']:.0f} | {r['memory_ratio']:.2f} | {r['own_memory_ratio']:.2f} |{mfu}")
     return "\n".join(lines)
 
 
 def input_table(rows):
     "Markdown."
-    return "\n".join(["| input, one core | ms a picture | images/s | times plain |", "|---|---|---|---|",
-                      *(f"| {n} | {r['seconds']['median'] * 1e3:.2f} | {r['images_per_s']:.0f} | {cell(r['speed_ratio'], '{:.1f}')} |" for n, r in rows.items())])
+    return "\n".join(["| input, one core | ms of CPU a picture | images/s and core | times plain, CPU seconds | times plain, wall |", "|---|---|---|---|---|",
+                      *(f"| {n} | {r['cpu_seconds']['median'] * 1e3:.2f} | {1 / r['cpu_seconds']['median']:.0f} | {cell(r['cpu_speed_ratio'], '{:.1f}')} | "
+                        f"{cell(r['speed_ratio'], '{:.1f}')} |" for n, r in rows.items())])
 
 
 def show(result):
@@ -303,6 +349,7 @@ def show(result):
     print(f"{m['cpu']}, {m['cores']} cores, {m['device']}; load {m['load_before'][0]:.1f} before; matmul GFLOP/s: {rates}; torch {m['torch']}; commit {m['commit'][:8]}; {m['time']}\n")
     if "steps" in result: print(step_table(result["steps"], peak), "\n")
     if "input" in result: print(input_table(result["input"]), "\n")
+    for row in result.get("ddp", []): print(", ".join(f"{k} {cell(v) if isinstance(v, dict) else v}" for k, v in row.items()))
     for key, rows in result.get("sweep", {}).items(): print(key, {n: (round(r["seconds"]["median"], 2), round(r["peak_mb"])) for n, r in rows.items()})
 
 
@@ -310,18 +357,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="variants of the step, with commas; the first is the base")
+    parser.add_argument("--only", default="", help="variants of the step, with semicolons between them; the first is the base")
     parser.add_argument("--out", type=Path, help="where the result is kept as JSON")
     parser.add_argument("--show", type=Path)
-    for part in "sweep", "no-steps", "no-input": parser.add_argument(f"--{part}", action="store_true")
+    for part in "sweep", "ddp", "ddp-rank", "no-steps", "no-input": parser.add_argument(f"--{part}", action="store_true")
     for role in "step", "input", "folder": parser.add_argument(f"--{role}", help=argparse.SUPPRESS)
     for size in "batch", "image", "objects", "layers": parser.add_argument(f"--{size}", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.show: return show(json.loads(args.show.read_text()))
     if args.step: return step_worker(args.step, args.device, **{k: v for k, v in vars(args).items() if k in ("batch", "image", "objects", "layers") and v})
     if args.input: return input_worker(args.input, args.folder)
+    if args.ddp_rank: return ddp_rank(args)
     result = {"machine": machine(args.device)}
-    if args.sweep: result["sweep"] = bench_sweep(args)
+    if args.ddp: result["ddp"] = bench_ddp(args)
+    elif args.sweep: result["sweep"] = bench_sweep(args)
     else:
         if not args.no_steps: result["steps"] = bench_steps(args)
         with tempfile.TemporaryDirectory() as folder:

@@ -22,13 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
 
 from .augment import RandAugment
-from .backbones import BackboneOutput
+from .backbones import BackboneOutput, Preprocessing
 from .checkpoints import load_newest, prune_checkpoints, save_checkpoint
 from .config import Config
-from .data import Data, EvalBatches, PictureDataset, TrainBatches, make_loader
+from .data import Data, EvalBatches, TrainBatches, make_loader
 from .evaluate import evaluate, format_table, report_metrics, save_predictions
 from .features import FeatureDataset, build_store, features_of
-from .pixels import PixelDataset, all_pictures, build_pixels
+from .pixels import Geometry, PixelDataset, PixelStore, all_pictures, build_pixels
 from .loggers import make_loggers, numbers
 from .metrics import ALPHAS, choose_alpha, measure
 from .model import LLB, BatchTotals, LLBLoss, LossTerms, batch_totals, describe_trunk, first_token
@@ -131,21 +131,19 @@ class Loaders:
         if config.decode == "draft":
             side = min(model.backbone.preprocessing.resized)
             data = Data(**{name: replace(part, draft=side) for name, part in vars(data).items()})
-        self.model, self.data, self.config, self.runtime, self.store = model, data, config, runtime, None
-        if config.cache_pixels:
-            everything = all_pictures(data)
-            self.rows = {f: i for i, f in enumerate(everything.files)}
-            self.store = build_pixels(everything, model.backbone.preprocessing, runtime, workers=config.workers)
+        self.model, self.data, self.config, self.runtime = model, data, config, runtime
+        self.source = self.pixels(model.backbone.preprocessing)
         self.datasets = {split: self.dataset(split) for split in ("train", "selection", "val")}
 
-    def pictures(self, split:str, random:bool)->PictureDataset|PixelDataset:
-        pictures, seed = getattr(self.data, split), self.config.seed
-        if self.store: return PixelDataset(self.store, pictures, self.rows, RandAugment() if random else None, seed)
-        return PictureDataset(pictures, self.model.backbone.transform(train=random), seed)
+    def pixels(self, preprocessing:Preprocessing)->PixelStore|Geometry:
+        "Where the bytes of pictures come from."
+        if not self.config.cache_pixels: return Geometry(preprocessing)
+        return build_pixels(all_pictures(self.data), preprocessing, self.runtime, workers=self.config.workers)
 
     def dataset(self, split:str):
         random = split == "train" and self.config.augment != "none"
-        dataset, views = self.pictures(split, random), self.config.cache_views if random else 0
+        dataset = PixelDataset(getattr(self.data, split), self.source, RandAugment() if random else None, self.config.seed)
+        views = self.config.cache_views if random else 0
         if not self.config.cache or (random and not views): return dataset
         with torch.no_grad():
             store = build_store(self.model.backbone, self.model.target_layer, dataset.pictures, self.runtime, workers=self.config.workers,
@@ -239,7 +237,7 @@ def keep_snapshot(
     folder:Path,    # of snapshots
     epoch:int,      # epochs done
     model:LLB,      # in eval mode
-    dataset:PictureDataset|FeatureDataset,
+    dataset:PixelDataset|FeatureDataset,
     runtime:Runtime
 ):
     "Write which objects a few pictures are made of now. Raises `InputError` when it cannot be written."
