@@ -63,7 +63,7 @@ def peak_mb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def make_step(name, device, batch=8, image=224, objects=2048, layers=6):
+def make_step(name, device, batch=8, image=224, objects=2048, layers=6, backbone=MODEL["backbone"]):
     "A training step as a function without arguments, and the GFLOPs that one image needs."
     import torch
     from llb.config import Config, make_backbone, make_model
@@ -73,7 +73,7 @@ def make_step(name, device, batch=8, image=224, objects=2048, layers=6):
     torch.manual_seed(0)
     place, variant = pick_device(device), STEPS[name]
     images, labels = torch.randn(batch, 3, image, image, device=place), torch.arange(batch, device=place) % CLASSES
-    config = Config(**{**MODEL, "num_objects": objects, "num_layers": layers, "image_size": image, "batch_size": batch, **variant.get("config", {})})
+    config = Config(**{**MODEL, "backbone": backbone, "num_objects": objects, "num_layers": layers, "image_size": image, "batch_size": batch, **variant.get("config", {})})
     gflops = config_cost(config, CLASSES).train
     if "config" not in variant:
         from plain import PlainLLB, plain_step
@@ -87,7 +87,9 @@ def make_step(name, device, batch=8, image=224, objects=2048, layers=6):
         features = model.features(images)
         data = {"tokens": features.tokens.bfloat16(), "visual_logits": torch.zeros(batch, CLASSES, device=place), **{k: data[k] for k in ("label", "index")}}
         model.backbone.trunk.cpu()
-    return lambda: step(data, 0, 0.0), gflops
+    run = lambda: step(data, 0, 0.0)
+    run.step = step
+    return run, gflops
 
 
 def step_worker(name, device, **size):
@@ -130,36 +132,53 @@ def plain_transform():
     return t.Compose([t.Resize(256), t.CenterCrop(224), t.RandAugment(3, 9), t.ToTensor(), t.Normalize((.485, .456, .406), (.229, .224, .225))])
 
 
-def make_input(name, folder):
-    "A function from a number to a picture that a model can take: float32, or bytes where the device does the rest."
+def make_dataset(name, folder):
+    "Training pictures under keys (epoch, index), read the way `name` says."
     from dataclasses import replace
-    from PIL import Image
     from llb.augment import RandAugment
     from llb.backbones import Preprocessing
     from llb.data import PictureDataset, scan_folder
     from llb.pixels import Geometry, PixelDataset, build_pixels
     from llb.runtime import Runtime, pick_device
-    pictures = scan_folder(folder)
-    n, geometry = len(pictures), Preprocessing((224, 224), (.485, .456, .406), (.229, .224, .225), "bilinear", 224 / 256)
-    if name == "plain":
-        transform = plain_transform()
-        def load(i):
-            with Image.open(pictures.root / pictures.files[i % n]) as picture: return transform(picture.convert("RGB"))
-        return load
-    if name.startswith("store"):
-        store = build_pixels(pictures, geometry, Runtime(pick_device("cpu")), Path(folder).parent / "stores" / str(os.getpid()))
-        dataset = PixelDataset(pictures, store, RandAugment())
-        if name == "store": return lambda i: dataset[divmod(i, n)]["image"]
-        return lambda i: geometry.normalise(dataset[divmod(i, n)]["image"])
+    pictures, geometry = scan_folder(folder), Preprocessing((224, 224), (.485, .456, .406), (.229, .224, .225), "bilinear", 224 / 256)
+    if name == "plain": return PlainPictures(pictures, plain_transform())
+    if name == "oracle": return PictureDataset(pictures, geometry.transform(train=True))
     if "draft" in name: pictures = replace(pictures, draft=256)
-    dataset = PictureDataset(pictures, geometry.transform(train=True)) if name == "oracle" else PixelDataset(pictures, Geometry(geometry), RandAugment())
-    return lambda i: dataset[divmod(i, n)]["image"]
+    if not name.startswith("store"): return PixelDataset(pictures, Geometry(geometry), RandAugment())
+    store = build_pixels(pictures, geometry, Runtime(pick_device("cpu")), Path(folder).parent / "stores" / str(os.getpid()))
+    return PixelDataset(pictures, store, RandAugment())
+
+
+class PlainPictures:
+    "What a first program writes; its random numbers depend on the order of work."
+    def __init__(self, pictures, transform): self.pictures, self.transform = pictures, transform
+
+    def __len__(self): return len(self.pictures)
+
+    def __getitem__(self, key):
+        from PIL import Image
+        with Image.open(self.pictures.root / self.pictures.files[key[1]]) as picture: image = self.transform(picture.convert("RGB"))
+        return {"index": key[1], "label": self.pictures.labels[key[1]], "image": image}
+
+
+class Repeated:
+    "A data set again and again, as a longer one."
+    def __init__(self, dataset, length): self.dataset, self.length = dataset, length
+
+    def __len__(self): return self.length
+
+    def __getitem__(self, key): return self.dataset[key[0], key[1] % len(self.dataset)]
 
 
 def input_worker(name, folder):
     import torch
     torch.set_num_threads(1)
-    load, done = make_input(name, Path(folder)), 0
+    from llb.backbones import Preprocessing
+    dataset, done = make_dataset(name, Path(folder)), 0
+    n, normalise = len(dataset), Preprocessing((224, 224), (.485, .456, .406), (.229, .224, .225)).normalise
+    def load(i):
+        image = dataset[divmod(i, n)]["image"]
+        return normalise(image) if "normalised" in name else image
     load(0)
     def measure(request):
         nonlocal done
@@ -167,6 +186,31 @@ def input_worker(name, folder):
         for i in range(request["pictures"]): load(done + i)
         done += request["pictures"]
         return {"seconds": (time.perf_counter() - began) / request["pictures"], "cpu_seconds": (time.process_time() - cpu) / request["pictures"]}
+    served(measure)
+
+
+def loop_worker(name, folder, device):
+    "Training on real JPEGs with loader workers: images/s and the share of time that the loop waits for data."
+    import torch
+    from llb.data import TrainBatches, make_loader
+    cuda = device.startswith("cuda")
+    batch, cores = (128, max(1, os.cpu_count() - 1)) if cuda else (8, 1)
+    step = make_step("bf16+compiled" if cuda else "eager", device, batch=batch)[0].step
+    dataset = make_dataset(name, Path(folder))
+    def measure(request):
+        loader = make_loader(Repeated(dataset, batch * request["steps"]), TrainBatches(batch * request["steps"], batch, 0), cores, pin_memory=cuda)
+        waited, batches = 0., iter(loader)
+        step(next(batches), 0, 0.)   # the workers have started
+        if cuda: torch.cuda.synchronize()
+        began = time.perf_counter()
+        for number in range(1, request["steps"]):
+            before = time.perf_counter()
+            data = next(batches)
+            waited += time.perf_counter() - before
+            step(data, number, 0.)
+        if cuda: torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        return {"seconds": seconds / (request["steps"] - 1) / batch, "cpu_seconds": time.process_time(), "data_wait": waited / seconds, "loader_workers": cores}
     served(measure)
 
 
@@ -308,17 +352,25 @@ def bench_ddp(args):
     return rows
 
 
-SWEEP = {"objects": [512, 2048, 8192, 32768], "layers": [2, 4, 6, 8], "image": [224, 320, 384], "batch": [2, 4, 8, 16]}
+def bench_loop(args, folder):
+    "Training from files: as a first program reads them, as we do, and from the store."
+    names = ["plain", "files", "store"]
+    workers = {n: Worker("--loop", n, "--folder", folder, "--device", args.device) for n in names}
+    found = interleave(workers, min(3, args.rounds), steps=40 if args.device.startswith("cuda") else 4)
+    return {n: {**summary({n: v}, n)[n], "data_wait": spread([x["data_wait"] for x in v]), "loader_workers": v[0]["loader_workers"]} for n, v in found.items()}
+
+
+SWEEP = {"objects": [512, 2048, 8192, 32768], "layers": [2, 6, 10], "image": [160, 224, 320], "batch": [2, 8, 16]}
 
 def bench_sweep(args):
-    "Our step and the plain one as one size changes: rows of (size, value)."
-    rows = {}
-    for size, values in SWEEP.items():
-        for value in values:
-            found = interleave({n: Worker("--step", n, "--device", args.device, f"--{size}", value) for n in ("plain", "eager")}, args.rounds,
-                               steps=10 if args.device.startswith("cuda") else 1)
-            rows[f"{size} {value}"] = summary(found, "plain", per=value if size == "batch" else 8)
-            print(f"{size} {value}: " + ", ".join(f"{n} {r['seconds']['median']:.2f} s {r['peak_mb']:.0f} MB" for n, r in rows[f"{size} {value}"].items()), flush=True)
+    "Our step on a ViT-S/16, K = 2048, L = 6, 224 pixels, 8 images, as one of these changes: rows by size and value."
+    rows, found = {}, {}
+    for size, value in [(size, value) for size, values in SWEEP.items() for value in values]:
+        key = tuple(sorted({**{k: v[-2] for k, v in SWEEP.items()}, "objects": 2048, size: value}.items()))
+        if key not in found:
+            worker = Worker("--step", "eager", "--device", args.device, "--backbone", "vit_small_patch16_224", f"--{size}", value)
+            found[key] = interleave({"eager": worker}, args.rounds, steps=10 if args.device.startswith("cuda") else 1)
+        rows[f"{size} {value}"] = summary(found[key], "eager", per=value if size == "batch" else 8)["eager"]
     return rows
 
 
@@ -345,6 +397,18 @@ def input_table(rows):
                         f"{cell(r['speed_ratio'], '{:.1f}')} |" for n, r in rows.items())])
 
 
+def loop_table(rows):
+    "Markdown."
+    return "\n".join(["| training from | images/s | waiting for data | loader workers |", "|---|---|---|---|",
+                      *(f"| {n} | {1 / r['seconds']['median']:.1f} | {cell(r['data_wait'], '{:.1%}')} | {r['loader_workers']} |" for n, r in rows.items())])
+
+
+def sweep_table(rows):
+    "Markdown."
+    return "\n".join(["| | GFLOPs an image | CPU seconds a step | MB above imports |", "|---|---|---|---|",
+                      *(f"| {n} | {r['gflops_per_image']:.1f} | {cell(r['cpu_seconds'])} | {r['peak_mb'] - r['before_mb']:.0f} |" for n, r in rows.items())])
+
+
 def show(result):
     "All tables of a result."
     m = result["machine"]
@@ -353,8 +417,9 @@ def show(result):
     print(f"{m['cpu']}, {m['cores']} cores, {m['device']}; load {m['load_before'][0]:.1f} before; matmul GFLOP/s: {rates}; torch {m['torch']}; commit {m['commit'][:8]}; {m['time']}\n")
     if "steps" in result: print(step_table(result["steps"], peak), "\n")
     if "input" in result: print(input_table(result["input"]), "\n")
+    if "loop" in result: print(loop_table(result["loop"]), "\n")
     for row in result.get("ddp", []): print(", ".join(f"{k} {cell(v) if isinstance(v, dict) else v}" for k, v in row.items()))
-    for key, rows in result.get("sweep", {}).items(): print(key, {n: (round(r["seconds"]["median"], 2), round(r["peak_mb"])) for n, r in rows.items()})
+    if "sweep" in result: print(sweep_table(result["sweep"]))
 
 
 def main():
@@ -364,13 +429,15 @@ def main():
     parser.add_argument("--only", default="", help="variants of the step, with semicolons between them; the first is the base")
     parser.add_argument("--out", type=Path, help="where the result is kept as JSON")
     parser.add_argument("--show", type=Path)
-    for part in "sweep", "ddp", "ddp-rank", "no-steps", "no-input": parser.add_argument(f"--{part}", action="store_true")
-    for role in "step", "input", "folder": parser.add_argument(f"--{role}", help=argparse.SUPPRESS)
+    for part in "sweep", "ddp", "ddp-rank", "no-steps", "no-input", "no-loop": parser.add_argument(f"--{part}", action="store_true")
+    for role in "step", "input", "loop", "folder": parser.add_argument(f"--{role}", help=argparse.SUPPRESS)
+    parser.add_argument("--backbone", help=argparse.SUPPRESS)
     for size in "batch", "image", "objects", "layers": parser.add_argument(f"--{size}", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.show: return show(json.loads(args.show.read_text()))
-    if args.step: return step_worker(args.step, args.device, **{k: v for k, v in vars(args).items() if k in ("batch", "image", "objects", "layers") and v})
+    if args.step: return step_worker(args.step, args.device, **{k: v for k, v in vars(args).items() if k in ("batch", "image", "objects", "layers", "backbone") and v})
     if args.input: return input_worker(args.input, args.folder)
+    if args.loop: return loop_worker(args.loop, args.folder, args.device)
     if args.ddp_rank: return ddp_rank(args)
     result = {"machine": machine(args.device)}
     if args.ddp: result["ddp"] = bench_ddp(args)
@@ -378,7 +445,9 @@ def main():
     else:
         if not args.no_steps: result["steps"] = bench_steps(args)
         with tempfile.TemporaryDirectory() as folder:
-            if not args.no_input: result["input"] = bench_input(args, make_jpegs(Path(folder) / "pictures", 64).parent / "pictures")
+            if not (args.no_input and args.no_loop): pictures = make_jpegs(Path(folder) / "pictures", 64)
+            if not args.no_input: result["input"] = bench_input(args, pictures)
+            if not args.no_loop: result["loop"] = bench_loop(args, pictures)
     result["machine"]["load_after"] = os.getloadavg()
     if args.out: args.out.write_text(json.dumps(result, indent=1) + "\n")
     show(result)
