@@ -97,8 +97,9 @@ def _open_store(final:Path, layout:dict):
     say(f"Pixel store: {rows} pictures of {layout['size'][0]} x {layout['size'][1]}, {sum(sizes.values()) / 1e6:.0f} MB in {final} ({free / 1e9:.1f} GB free).")
     try:
         if need > free: raise OSError("not enough room")
+        reserve = getattr(os, "posix_fallocate", lambda file, start, size: os.truncate(file, size))   # macOS cannot reserve
         for name, size in sizes.items():
-            with open(final / name, "ab") as file: os.posix_fallocate(file.fileno(), 0, size)
+            with open(final / name, "ab") as file: reserve(file.fileno(), 0, size)
     except OSError as e:
         raise InputError(f"The pixel store needs {need / 1e9:.1f} GB more in {final}, but {free / 1e9:.1f} GB are free ({e}); set LLB_CACHE to a larger "
                          "disk, or train without --cache_pixels.") from e

@@ -72,7 +72,8 @@ class TrainStep:
         self.updates = CheckedUpdates(self.optimizer, runtime.device)
         model.head.compact = config.num_objects >= COMPACT
         if config.compile:
-            compile_blocks([*model.backbone.trunk.blocks, model.head.visual_block, *model.head.label_blocks], runtime.device)
+            trunk = [] if model.backbone.sharded else model.backbone.trunk.blocks
+            compile_blocks([*trunk, model.head.visual_block, *model.head.label_blocks], runtime.device)
             model.head.last_block = torch.compile(first_token)
         devices = [runtime.device] if runtime.device.type == "cuda" else None
         self.head = DistributedDataParallel(model.head, devices) if runtime.world_size > 1 else model.head
@@ -347,7 +348,9 @@ class Trainer(TrainerState):
                 if self.step % self.config.log_every == 0:
                     self.settle()
                     self.log("step", terms, 1)
-                if self.step - first == PROBE and not self.history: self.promise((time.monotonic() - began) / PROBE)
+                if self.step - first == PROBE and not self.history:
+                    self.settle()
+                    self.promise((time.monotonic() - began) / PROBE)
                 bar.update()
         self.settle()
         if not self.stopping: self.end_epoch(time.monotonic() - began, waited, self.step - first)
