@@ -110,8 +110,9 @@ class LLBHead(nn.Module):
         if self.training and self.compact: decoupled, *means = self.objects.compact(patches)
         else: decoupled, assignments = self.objects(patches)
         x = torch.cat([self.cls_token.expand(len(decoupled), -1, -1).to(decoupled.dtype), decoupled], 1)
-        token = self.last_block(self.label_blocks[-1], self.label_blocks[:-1](x)) if self.training else self.label_blocks(x)[:, 0]
-        return LLBOutput(self.visual_logits(features), self.head(self.norm(token)), None if means else assignments, features.grid, self.alpha, *means)
+        if self.training: token = self.norm(self.last_block(self.label_blocks[-1], self.label_blocks[:-1](x)))
+        else: token = self.norm(self.label_blocks(x))[:, 0]
+        return LLBOutput(self.visual_logits(features), self.head(token), None if means else assignments, features.grid, self.alpha, *means)
 
     def visual_logits(self, features:BackboneOutput)->Tensor|None: # [B,C]
         "The trunk's own scores, or those of the linear visual head."
