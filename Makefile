@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} MPLBACKEND=agg
 DEMO ?= runs/demo
 
-.PHONY: help demo test test-long test-browser chromium check lab export notebooks clean-env
+.PHONY: help demo test test-long test-browser chromium check lab export notebooks bench bench-gpu clean-env
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,12 @@ export: .venv/.ready ## write llb/*.py from the notebooks
 notebooks: .venv/.ready ## run all notebooks and store their outputs
 	@for nb in nbs/*.ipynb nbs/guides/*.ipynb; do $(RUN) TQDM_DISABLE=1 MPLBACKEND=module://matplotlib_inline.backend_inline jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False --log-level WARN $$nb || exit 1; done
 	@$(RUN) nbdev_clean
+
+bench: .venv/.ready ## step time, images/s, memory and input speed against a plain version, on the CPU (some minutes)
+	@$(BIN)/python benchmarks/bench.py $(BENCH)
+
+bench-gpu: .venv/.ready ## the same on a CUDA GPU, with MFU and the share of time spent waiting for data
+	@$(BIN)/python benchmarks/bench.py --device cuda --rounds 10 $(BENCH)
 
 clean-env: ## delete the environment
 	@rm -rf .venv

@@ -51,16 +51,28 @@ class Preprocessing:
     interpolation: str = "bicubic"       # Pillow's name
     crop_pct: float = 1.0                # crop size / resized size
 
+    @property
+    def resized(self)->list[int]:
+        "Height and width before the crop, in pixels; of a square crop, the shorter side."
+        return [int(side / self.crop_pct) for side in self.image_size]
+
     def transform(self,
         train:bool=False # add RandAugment
     )->Callable: # PIL image -> [3,H,W] float32
         "The transform from a picture to the trunk's input."
         height, width = self.image_size
-        shorter = [int(side / self.crop_pct) for side in self.image_size]
         augment = [v2.RandAugment(num_ops=3, magnitude=9)] if train else []
-        return v2.Compose([v2.Resize(shorter[0] if height == width else shorter, _INTERPOLATION[self.interpolation]),
+        return v2.Compose([v2.Resize(self.resized[0] if height == width else self.resized, _INTERPOLATION[self.interpolation]),
             v2.CenterCrop((height, width)), *augment, v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(self.mean, self.std)])
+
+    def normalise(self,
+        pixels:Tensor # [...,3,H,W] uint8
+    )->Tensor: # float32, as `transform` gives it; on the same device
+        "The last step of the transform, for pictures that have had the others. No host sync: the constants are filled in on the device."
+        images = pixels.to(torch.float32).mul_(1 / 255)
+        for channel, mean, std in zip(images.unbind(-3), self.mean, self.std): channel.sub_(mean).div_(std)
+        return images
 
     def to_picture(self,
         images:Tensor # [...,3,H,W] as `transform` gives them
@@ -79,7 +91,7 @@ class Backbone(nn.Module):
         preprocessing:Preprocessing
     ):
         super().__init__()
-        self.trunk = trunk.eval().requires_grad_(False)
+        self.trunk, self._hash, self.sharded = trunk.eval().requires_grad_(False), None, False   # `sharded`: see `llb.speed.shard_trunk`
         self.spec, self.name, self.source, self.preprocessing = spec, spec["name"], source, preprocessing
         self.image_size, self.patch_size = preprocessing.image_size, int(trunk.feature_info[-1]["reduction"])
         self.grid = tuple(side // self.patch_size for side in self.image_size)
@@ -96,6 +108,7 @@ class Backbone(nn.Module):
         visual:bool=True   # run the rest of the trunk for visual features and logits
     )->BackboneOutput:
         self.check(layer, images)
+        if self.dtype == torch.bfloat16: images = images.bfloat16()
         result = self.trunk.forward_intermediates(images, indices=[layer - 1], return_prefix_tokens=self.num_prefix > 0,
             output_fmt="NLC", norm=False, stop_early=not visual, intermediates_only=not visual)
         final, (item,) = result if visual else (None, result)
@@ -122,8 +135,27 @@ class Backbone(nn.Module):
         return bool(self.spec.get("pretrained") or self.spec.get("checkpoint"))
 
     def content_hash(self)->str: # 16 hex digits
-        "The name of these weights in checkpoints and caches; see `llb.weights.content_hash`."
-        return content_hash(self.trunk.state_dict())
+        "The name of these weights in checkpoints and caches; see `llb.weights.content_hash`. It does not change with how they are held."
+        return self._hash or content_hash(self.trunk.state_dict())
+
+    def to_bfloat16(self)->"Backbone":
+        "Hold the weights in bf16: half the memory, and nothing left to cast under autocast. Weights that no file has are rounded for good."
+        if not self.reloadable: self.trunk.load_state_dict({k: v.bfloat16() for k, v in self.trunk.state_dict().items()})
+        self.keep_hash()
+        self.trunk.bfloat16()
+        return self
+
+    def keep_hash(self):
+        "Remember the name of the weights while they are all here as they were loaded."
+        self._hash = self.content_hash()
+
+    @property
+    def dtype(self)->torch.dtype: # of the weights
+        return next(self.trunk.parameters()).dtype
+
+    def state(self)->StateDict:
+        "The weights as a file keeps them."
+        return {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in self.trunk.state_dict().items()}
 
 # %% ../nbs/02_backbones.ipynb #06cf827d
 _TOKEN_VIT = ("patch_embed", "blocks", "embed_dim", "num_prefix_tokens", "forward_intermediates", "head_hidden_size", "feature_info")

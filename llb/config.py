@@ -43,6 +43,7 @@ class ModelOptions:
     target_layer: int = 11                # the block whose tokens are used, counted from 1
     temperature: float = 0.1              # of the assignment softmax
     drop_path: float = 0.0                # stochastic depth in the label-focused blocks
+    trunk_dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; bfloat16 halves their memory and rounds them
     alpha: float|None = None              # weight of the visual prediction; None to choose it on the selection split
     nv_weights: str|None = None           # start from this trained LLB: a folder of save_pretrained, or a checkpoint of the release
 
@@ -63,12 +64,17 @@ class DataOptions:
     selection_fraction: float = 0.15          # cut from the training pictures, for choosing epoch and alpha
     augment: Literal["randaugment", "none"] = "randaugment"  # of training pictures
     cache: bool = False                       # keep the frozen tokens on disk wherever nothing random changes them
+    cache_views: int = 0                      # with cache: keep tokens of this many augmented views of each training picture, and take them in turn
+    cache_pixels: bool = False                # keep all pictures on disk as bytes, decoded, resized and cropped once; the same pixels as without
+    decode: Literal["exact", "draft"] = "exact"  # draft: decode large JPEGs at a part of their size; faster, other pixels
     skip_corrupt: bool = False                # leave unreadable pictures out, listed and counted
     workers: int = 2                          # processes that decode pictures, per training process
 
     def check(self):
         _require(0 < self.selection_fraction < 1, "selection_fraction", self.selection_fraction, "it must lie between 0 and 1")
-        _require(self.workers >= 0, "workers", self.workers, "it cannot be negative")
+        for name in "workers", "cache_views": _require(getattr(self, name) >= 0, name, getattr(self, name), "it cannot be negative")
+        _require(not self.cache_views or (self.cache and self.augment != "none"), "cache_views", self.cache_views,
+                 "views of augmented pictures need --cache and an augmentation")
 
 # %% ../nbs/12_config.ipynb #bb7188ac
 @dataclass(kw_only=True)
@@ -115,6 +121,8 @@ class RunOptions:
     seed: int = 0                       # of initialisation, order, augmentation and the selection split
     device: str = "auto"                # auto, cpu, cuda
     amp: bool = False                   # bf16 autocast
+    compile: bool = False               # compile the transformer blocks: some minutes at the start, then faster steps
+    shard_trunk: bool = False           # share the frozen trunk out over the processes, for trunks too large for one GPU
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # besides events.jsonl
     log_every: int = 10                 # steps between two lines in events.jsonl
     timeout: float = 600                # seconds a process waits for another that does not answer
@@ -221,7 +229,8 @@ def make_data(
 def make_backbone(config:ModelOptions, num_classes:int)->Backbone:
     "The frozen trunk a configuration names; a random one is announced."
     if config.random_trunk: say("WARNING: --random_trunk: the trunk is randomly initialised and knows nothing; its numbers mean nothing.")
-    return load_backbone(config.backbone, config.checkpoint, num_classes, config.image_size, pretrained=not config.random_trunk)
+    backbone = load_backbone(config.backbone, config.checkpoint, num_classes, config.image_size, pretrained=not config.random_trunk)
+    return backbone.to_bfloat16() if config.trunk_dtype == "bfloat16" else backbone
 
 def make_model(config:ModelOptions, backbone:Backbone, num_classes:int)->LLB:
     "The model a configuration describes, freshly initialised from torch's global seed."

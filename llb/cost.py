@@ -18,6 +18,7 @@ from .backbones import load_backbone
 from .config import Config
 from .methods import find_method
 from .model import LLB
+from .objects import COMPACT
 from .weights import FOCUS_NAME
 
 # %% ../nbs/13_cost.ipynb #4a81e0a9
@@ -40,14 +41,16 @@ def model_cost(
     "Count by running one image that has no pixels."
     backbone, kept = model.backbone, {}
     images = torch.empty(1, 3, *backbone.image_size, device="meta")
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
     def keep(t:torch.Tensor)->torch.Tensor:
-        if not isinstance(t, nn.Parameter): kept[id(t)] = t
+        storage = t.untyped_storage()   # of a view, what it is a view of
+        if storage._cdata not in weights: kept[storage._cdata] = storage
         return t
     with FlopCounterMode(display=False) as predict: model.eval()(images)
     with FlopCounterMode(display=False) as train, saved_tensors_hooks(keep, lambda t: t):
         model.train()(images).label_logits.sum().backward()
     return Cost(backbone.image_size[0], _count(model.head), _count(backbone), predict.get_total_flops() / 1e9, train.get_total_flops() / 1e9,
-                sum(t.numel() * t.element_size() for t in kept.values()),
+                sum(storage.nbytes() for storage in kept.values()),
                 (backbone.num_prefix + backbone.grid[0] * backbone.grid[1]) * backbone.dim * 2)
 
 def _published_classes(name:str)->int: # 0 for trunks without a head
@@ -64,7 +67,9 @@ def config_cost(
     head = num_classes if config.random_trunk or _published_classes(config.backbone) == num_classes else 0
     with torch.device("meta"):
         backbone = load_backbone(config.backbone, num_classes=head, image_size=config.image_size, pretrained=False)
-        return model_cost(LLB(backbone, config.num_objects, config.num_layers, config.target_layer, num_classes=num_classes))
+        model = LLB(backbone, config.num_objects, config.num_layers, config.target_layer, num_classes=num_classes)
+        model.head.compact = config.num_objects >= COMPACT
+        return model_cost(model)
 
 # %% ../nbs/13_cost.ipynb #0b330b48
 def preview(
@@ -75,10 +80,12 @@ def preview(
 )->str:
     "What a run will take, in words."
     parts, batch = -(-config.batch_size // config.micro_batches), min(config.batch_size * processes, num_pictures)
-    state = 4 * (cost.frozen + cost.trained * (2 if config.opt == "SGD" else 4))   # weights, gradients, moments
+    trunk = cost.frozen * (2 if config.trunk_dtype == "bfloat16" else 4) / (processes if config.shard_trunk else 1)
+    state = trunk + 4 * cost.trained * (2 if config.opt == "SGD" else 4)   # weights, gradients, moments
     lines = [f"{cost.trained / 1e6:.1f} M trained and {cost.frozen / 1e6:.1f} M frozen parameters; {cost.predict:.1f} GFLOPs to predict and "
              f"{cost.train:.1f} to train on one {cost.image_size}-pixel image.",
              f"About {(state + parts * cost.activations) / 1e9:.1f} GB per process for weights, optimizer and {parts} images at a time, in float32, besides PyTorch itself.",
              f"{config.epochs} epochs of {num_pictures // batch} steps, {batch} images each."]
-    if config.cache: lines.append(f"Feature cache of the training pictures: {num_pictures * cost.tokens / 1e6:.0f} MB on disk.")
+    views = f", {config.cache_views} views each" if config.cache_views else ""
+    if config.cache: lines.append(f"Feature cache of the training pictures{views}: {num_pictures * max(1, config.cache_views) * cost.tokens / 1e6:.0f} MB on disk.")
     return "\n".join(lines)

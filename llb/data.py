@@ -26,13 +26,15 @@ class CorruptPicture(InputError):
         super().__init__(message.strip().splitlines()[-1].split("CorruptPicture: ")[-1])
 
 def decode(
-    path:Path
+    path:Path,
+    draft:int=0 # the side that must be left when a JPEG is decoded at 1/2, 1/4 or 1/8 of its size; 0 for all its pixels
 )->Image.Image: # RGB
     "Read a picture file. Raises `CorruptPicture` when that is impossible or it is larger than Pillow's limit."
     try:
         with Image.open(path) as picture:
             if picture.width * picture.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
                 raise CorruptPicture(f"{path} has {picture.width} x {picture.height} pixels, more than Pillow's safety limit.")
+            if draft: picture.draft("RGB", (draft, draft))   # does nothing to other formats
             return picture.convert("RGB")
     except CorruptPicture: raise
     except Exception as e:
@@ -47,6 +49,7 @@ class Pictures:
     labels: tuple[int, ...]  # class index of each file
     classes: tuple[str, ...] # class names by index
     groups: tuple[str, ...]  # files of one group (near duplicates) stay in one split; by default each is its own
+    draft: int = 0           # see `decode`
 
     def __len__(self): return len(self.files)
 
@@ -55,7 +58,7 @@ class Pictures:
 
     def open(self, index:int)->Image.Image: # RGB
         "Decode one picture; see `decode`."
-        return decode(self.root / self.files[index])
+        return decode(self.root / self.files[index], self.draft)
 
     def take(self, indices)->"Pictures": # the chosen files, in the given order
         pick = lambda values: tuple(values[i] for i in indices)

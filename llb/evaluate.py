@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from .data import Pictures
 from .datasets import real_labels
-from .features import features_of
+from .features import features_of, in_step
 from .metrics import ALPHAS, Scores, Usage, class_accuracy, measure, merge_scores, score_batch, set_accuracy
 from .model import LLB
 from .runtime import Runtime, agreed, gather_objects, progress
@@ -33,8 +33,9 @@ def evaluate(
     model.eval()
     parts, usage = [], Usage(model.settings["num_objects"])
     with agreed():
-        for batch in progress(loader, desc=desc):
+        for batch, own in progress(in_step(loader, model.backbone.sharded), len(loader), desc):
             with runtime.autocast(): out = model.head(features_of(model, batch, runtime))
+            if not own: continue
             parts.append(score_batch(out, batch["index"], batch["label"], alphas))
             usage.add(out.assignments)
     return merge_scores([part for theirs in gather_objects(parts) for part in theirs]), usage.summary()

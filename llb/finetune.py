@@ -29,6 +29,8 @@ from .evaluate import measure_each, name_classes
 from .metrics import Scores, class_accuracy, measure, merge_scores, score_batch
 from .model import LLBOutput
 from .runtime import InputError, Runtime, agreed, gather_objects, progress, say, seed_from, seeded
+from .optim import CheckedUpdates
+from .speed import compile_blocks
 from .trainer import Loaders, Trainer, TrainStep
 
 # %% ../nbs/19_finetune.ipynb #8771a5bf
@@ -88,7 +90,9 @@ class VisualStep(TrainStep):
     def __init__(self, model:VisualModel, config:Config, runtime:Runtime):
         self.model, self.config, self.runtime, cuda = model, config, runtime, runtime.device.type == "cuda"
         self.optimizer = create_optimizer_v2(model.head, config.opt.lower(), config.lr, config.weight_decay, config.momentum,
-            filter_bias_and_bn=not config.decay_all, layer_decay=config.layer_decay, fused=cuda)
+            filter_bias_and_bn=not config.decay_all, layer_decay=config.layer_decay, fused=True)
+        self.updates = CheckedUpdates(self.optimizer, runtime.device)
+        if config.compile: compile_blocks(model.head.blocks, runtime.device)
         self.head = DistributedDataParallel(model.head, [runtime.device] if cuda else None) if runtime.world_size > 1 else model.head
         self.loss = SoftTargetCrossEntropy()
         self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=model.head.num_classes)
@@ -106,8 +110,7 @@ class VisualStep(TrainStep):
         torch.manual_seed(seed_from(*place))
         parts = list(zip(images.chunk(self.config.micro_batches), targets.chunk(self.config.micro_batches)))
         losses = [self.backward(x, y, len(x) / len(images), last=i == len(parts) - 1) for i, (x, y) in enumerate(parts)]
-        self.update(batch, number, epoch)
-        return torch.stack(losses).sum(0, keepdim=True)
+        return self.update(batch, number, epoch, torch.stack(losses).sum(0, keepdim=True))
 
     def backward(self, images:Tensor, targets:Tensor, share:float, last:bool)->Tensor:
         "Add the gradients of a part of the batch."
@@ -162,7 +165,8 @@ class VisualTrainer(Trainer):
 # %% ../nbs/19_finetune.ipynb #ea37aa4b
 def make_visual_model(config:Config, backbone:Backbone, num_classes:int)->VisualModel:
     "The trunk to fine-tune. Raises `InputError` for settings that need a frozen one."
-    for name, why in dict(cache="tokens of a trunk that trains change with every step", eval="a trunk by itself is scored when it is trained",
+    for name, why in dict(cache="tokens of a trunk that trains change with every step", shard_trunk="that shares out a frozen trunk",
+                          cache_pixels="its training pictures are cropped at random", eval="a trunk by itself is scored when it is trained",
                           nv_weights="label-focused layers are trained afterwards").items():
         if getattr(config, name): raise InputError(f"--{name} does not go with --objective visual: {why}.")
     return VisualModel(backbone, num_classes, config.trunk_drop_path)

@@ -7,31 +7,36 @@ __all__ = ['TERMS', 'PROBE', 'SNAPSHOTS', 'micro_batches', 'add_terms', 'TrainSt
            'keep_snapshot', 'TrainerState', 'Trainer']
 
 # %% ../nbs/18_trainer.ipynb #6bac5b15
-import math, os, resource, time
+import json, os, resource, time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
 
-from .backbones import BackboneOutput
+from .augment import RandAugment
+from .backbones import BackboneOutput, Preprocessing
 from .checkpoints import load_newest, prune_checkpoints, save_checkpoint
 from .config import Config
-from .data import Data, EvalBatches, PictureDataset, TrainBatches, make_loader
+from .data import Data, EvalBatches, TrainBatches, make_loader
 from .evaluate import evaluate, format_table, report_metrics, save_predictions
 from .features import FeatureDataset, build_store, features_of
+from .pixels import Geometry, PixelDataset, PixelStore, all_pictures, build_pixels
 from .loggers import make_loggers, numbers
 from .metrics import ALPHAS, choose_alpha, measure
-from .model import LLB, BatchTotals, LLBLoss, LossTerms, batch_totals, describe_trunk
-from .optim import learning_rate, make_optimizer, set_learning_rate
+from .model import LLB, BatchTotals, LLBLoss, LossTerms, batch_totals, describe_trunk, first_token
+from .objects import COMPACT
+from .optim import CheckedUpdates, learning_rate, make_optimizer, set_learning_rate
 from .runtime import InputError, agreed, Runtime, StopFlag, any_rank, gather_objects, on_main, pick_device, progress, say, seed_from, sum_over_ranks
 from .runs import EventLog, environment, open_run, write_json
+from .speed import compile_blocks, shard_trunk
 
 # %% ../nbs/18_trainer.ipynb #f55529d1
 TERMS = tuple(f.name for f in fields(LossTerms))
@@ -63,7 +68,13 @@ class TrainStep:
     def __init__(self, model:LLB, config:Config, runtime:Runtime):
         self.model, self.config, self.runtime = model, config, runtime
         self.loss = LLBLoss(config.diversity_weight, config.local_diversity)
-        self.optimizer = make_optimizer(model.head, config, fused=runtime.device.type == "cuda")
+        self.optimizer = make_optimizer(model.head, config)
+        self.updates = CheckedUpdates(self.optimizer, runtime.device)
+        model.head.compact = config.num_objects >= COMPACT
+        if config.compile:
+            trunk = [] if model.backbone.sharded else model.backbone.trunk.blocks
+            compile_blocks([*trunk, model.head.visual_block, *model.head.label_blocks], runtime.device)
+            model.head.last_block = torch.compile(first_token)
         devices = [runtime.device] if runtime.device.type == "cuda" else None
         self.head = DistributedDataParallel(model.head, devices) if runtime.world_size > 1 else model.head
 
@@ -72,30 +83,36 @@ class TrainStep:
         number:int,    # of the step, from 0
         epoch:float    # epochs done
     )->Tensor: # [5] see `add_terms`
-        "Train on one batch. Raises `FloatingPointError`, with nothing changed, when the gradient is not finite."
+        "Train on one batch, without waiting for the device. From a gradient that is not finite on, nothing changes; see `refused`."
         torch.manual_seed(seed_from(self.config.seed, "step", number, self.runtime.rank))
         parts = micro_batches(batch, self.config.micro_batches)
         with self.runtime.autocast(): features = [features_of(self.model, part, self.runtime) for part in parts]
         totals = self.totals(features) if len(parts) > 1 else None
         terms = [self.backward(f, part["label"], totals, last=f is features[-1]) for f, part in zip(features, parts)]
-        self.update(batch, number, epoch)
-        return add_terms(terms, self.config.diversity_weight)
+        return self.update(batch, number, epoch, add_terms(terms, self.config.diversity_weight))
 
-    def update(self, batch:dict, number:int, epoch:float):
+    def update(self, batch:dict, number:int, epoch:float, terms:Tensor)->Tensor: # the terms; zeros where no step was taken
         "Change the parameters by the gradient they have; by none that is not finite."
-        norm = torch.nn.utils.clip_grad_norm_(self.model.head.parameters(), self.config.clip_grad or math.inf)
-        if not norm.isfinite():
-            pictures = sorted(i for share in gather_objects(batch["index"].tolist()) for i in share)
-            raise FloatingPointError(f"The gradient of step {number + 1} is not finite; its training pictures are {pictures}.")
+        parameters = [p for p in self.model.head.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters])
+        if self.config.clip_grad: clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
         set_learning_rate(self.optimizer, learning_rate(epoch, self.config))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.updates.step(norm, (number, batch["index"]))
+        return torch.where(self.updates.refused > 0, torch.zeros_like(terms), terms)
+
+    def refused(self)->tuple[int, str]|None: # its number, and what to say of it
+        "The first step that was not taken since this was last asked. Waits for the device; every process asks."
+        if (found := self.updates.first_refused()) is None: return None
+        number, index = found
+        pictures = sorted(i for share in gather_objects(index.tolist()) for i in share)
+        return number, f"The gradient of step {number + 1} is not finite; its training pictures are {pictures}."
 
     @torch.no_grad()
     def totals(self, features:list[BackboneOutput])->BatchTotals:
         "The mean assignment of the whole step, before any gradient."
         head = self.model.head
-        with self.runtime.autocast(): return batch_totals([head.objects.assignments(head.visual_patches(f)) for f in features])
+        means = (lambda x: head.objects.compact(x)[1]) if head.compact else lambda x: head.objects.assignments(x).mean(1)
+        with self.runtime.autocast(): return batch_totals([means(head.visual_patches(f)) for f in features])
 
     def exchange(self, last:bool):
         "A context for gradients: processes exchange them in the last one of a step only."
@@ -104,26 +121,38 @@ class TrainStep:
     def backward(self, features:BackboneOutput, label:Tensor, totals:BatchTotals|None, last:bool)->LossTerms:
         "Add one micro-batch's gradients."
         with self.exchange(last):
-            with self.runtime.autocast(): terms = self.loss(self.head(features), label.to(self.runtime.device), totals)
+            with self.runtime.autocast(): terms = self.loss(self.head(features), label.to(self.runtime.device, non_blocking=True), totals)
             terms.loss.backward()
         return terms
 
 # %% ../nbs/18_trainer.ipynb #29426bd9
 class Loaders:
-    "Batches of each split for one process; frozen features come from the cache wherever nothing random changes them."
+    "Batches of each split for one process: of frozen features where nothing random changes them, of stored pixels or of files, as the options say."
     def __init__(self, model:LLB, data:Data, config:Config, runtime:Runtime):
+        if config.decode == "draft":
+            side = min(model.backbone.preprocessing.resized)
+            data = Data(**{name: replace(part, draft=side) for name, part in vars(data).items()})
         self.model, self.data, self.config, self.runtime = model, data, config, runtime
+        self.source = self.pixels(model.backbone.preprocessing)
         self.datasets = {split: self.dataset(split) for split in ("train", "selection", "val")}
 
+    def pixels(self, preprocessing:Preprocessing)->PixelStore|Geometry:
+        "Where the bytes of pictures come from."
+        if not self.config.cache_pixels: return Geometry(preprocessing)
+        return build_pixels(all_pictures(self.data), preprocessing, self.runtime, workers=self.config.workers)
+
     def dataset(self, split:str):
-        pictures, random = getattr(self.data, split), split == "train" and self.config.augment != "none"
-        if not self.config.cache or random: return PictureDataset(pictures, self.model.backbone.transform(train=random), self.config.seed)
+        random = split == "train" and self.config.augment != "none"
+        dataset = PixelDataset(getattr(self.data, split), self.source, RandAugment() if random else None, self.config.seed)
+        views = self.config.cache_views if random else 0
+        if not self.config.cache or (random and not views): return dataset
         with torch.no_grad():
-            store = build_store(self.model.backbone, self.model.target_layer, pictures, self.runtime, workers=self.config.workers, desc=f"{split} features")
-        return FeatureDataset(store, pictures)
+            store = build_store(self.model.backbone, self.model.target_layer, dataset.pictures, self.runtime, workers=self.config.workers,
+                                desc=f"{split} features", dataset=dataset, views=views, seed=self.config.seed)
+        return FeatureDataset(store, dataset.pictures)
 
     def loader(self, split:str, batches:TrainBatches|EvalBatches)->DataLoader:
-        workers = self.config.workers if isinstance(self.datasets[split], PictureDataset) else 0
+        workers = 0 if isinstance(self.datasets[split], FeatureDataset) else self.config.workers
         return make_loader(self.datasets[split], batches, workers, pin_memory=self.runtime.device.type == "cuda")
 
     def train_batches(self, global_batch:int)->TrainBatches:
@@ -135,7 +164,7 @@ class Loaders:
 
 # %% ../nbs/18_trainer.ipynb #0a928b1f
 _FREE_ON_RESUME = {"resume", "overwrite", "epochs", "device", "workers", "save_dir", "name", "save", "save_every", "timeout", "micro_batches",
-                   "log_every", "batch_size", "loggers"}
+                   "log_every", "batch_size", "loggers", "cache_pixels", "shard_trunk"}
 
 def check_resumable(
     saved:dict,     # a checkpoint
@@ -143,8 +172,9 @@ def check_resumable(
     data:Data
 ):
     "Raise `InputError` unless a checkpoint continues under this configuration and on these pictures."
-    changed = [f"{k} {saved['config'].get(k)!r} -> {v!r}" for k, v in config.to_dict().items()
-               if k not in _FREE_ON_RESUME and saved["config"].get(k) != (list(v) if isinstance(v, tuple) else v)]
+    before = {**json.loads(json.dumps(Config().to_dict())), **saved["config"]}   # an option that did not exist yet had its default
+    changed = [f"{k} {before[k]!r} -> {v!r}" for k, v in config.to_dict().items()
+               if k not in _FREE_ON_RESUME and before[k] != (list(v) if isinstance(v, tuple) else v)]
     if changed: raise InputError(f"The run was started with other settings ({'; '.join(changed)}); resume it with its own, or start another.")
     if saved["classes"] != list(data.classes):
         raise InputError(f"The checkpoint knows {len(saved['classes'])} classes, the data set has {len(data.classes)}, or they differ in name.")
@@ -208,7 +238,7 @@ def keep_snapshot(
     folder:Path,    # of snapshots
     epoch:int,      # epochs done
     model:LLB,      # in eval mode
-    dataset:PictureDataset|FeatureDataset,
+    dataset:PixelDataset|FeatureDataset,
     runtime:Runtime
 ):
     "Write which objects a few pictures are made of now. Raises `InputError` when it cannot be written."
@@ -242,6 +272,7 @@ class TrainerState:
         runtime:Runtime|None=None # None for one process, here
     ):
         self.runtime = runtime or Runtime(pick_device(config.device), amp=config.amp)
+        if config.shard_trunk: shard_trunk(model.backbone, self.runtime.device)
         self.model, self.data, self.config = model.to(self.runtime.device), data, config
         self.step, self.saved_step, self.history, self.best, self.best_head = 0, None, [], None, None
         self.terms, self.stopping = torch.zeros(len(self.step_type.names), device=self.runtime.device), False
@@ -314,10 +345,21 @@ class Trainer(TrainerState):
                 terms = self.train_step(batch, self.step, self.step / self.batches.per_epoch)
                 self.terms += terms
                 self.step, waited = self.step + 1, waited + wait
-                if self.step % self.config.log_every == 0: self.log("step", terms, 1)
-                if self.step - first == PROBE and not self.history: self.promise((time.monotonic() - began) / PROBE)
+                if self.step % self.config.log_every == 0:
+                    self.settle()
+                    self.log("step", terms, 1)
+                if self.step - first == PROBE and not self.history:
+                    self.settle()
+                    self.promise((time.monotonic() - began) / PROBE)
                 bar.update()
+        self.settle()
         if not self.stopping: self.end_epoch(time.monotonic() - began, waited, self.step - first)
+
+    def settle(self):
+        "Wait for the device. Raises `FloatingPointError`, with the run at the last step taken, when a gradient was not finite."
+        if refused := self.train_step.refused():
+            self.step, error = refused
+            raise FloatingPointError(error)
 
     def promise(self, seconds:float):
         "Say what the first steps, of so many seconds each, let expect."
@@ -352,7 +394,7 @@ class Trainer(TrainerState):
         "Score the selection split."
         scores, usage = evaluate(self.model, self.loaders.evaluation("selection"), self.runtime, self.alphas, "selection")
         selection, folder = self.loaders.datasets["selection"], self.record.folder / "snapshots"
-        on_main(lambda: keep_snapshot(folder, len(self.history) + 1, self.model, selection, self.runtime))
+        if not self.model.backbone.sharded: on_main(lambda: keep_snapshot(folder, len(self.history) + 1, self.model, selection, self.runtime))
         alpha = choose_alpha(scores) if self.config.alpha is None else self.config.alpha
         found = {"visual": measure(scores, 1), "label": measure(scores, 0), "fused": measure(scores, alpha)}
         return {"alpha": alpha, "selection": found, "objects": usage}
@@ -389,6 +431,7 @@ class Trainer(TrainerState):
     def leave(self, reason:str, **why):
         "Save where the run stands, as far as that is possible, and write its last event."
         try:
+            if reason == "failed" and (refused := self.train_step.refused()): self.step = refused[0]
             if self.step not in (0, self.saved_step): self.save()
         except InputError as e: why["unsaved"] = str(e)
         seconds, peak = time.monotonic() - self.began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
