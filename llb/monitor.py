@@ -265,7 +265,8 @@ class RunMonitor:
             progress = self.run.progress()
             self.bar.value = progress.step / progress.steps if progress else 0
             self.bar.bar_style = {"done": "success", "failed": "danger", "stopped": "warning"}.get(state.name, "")
-            line = html.escape(f"{os.path.relpath(self.run.folder)}: {state}" + (f"; {progress}" if progress and live else ""))
+            place = min(os.path.relpath(self.run.folder), str(self.run.folder), key=len)
+            line = html.escape(f"{place}: {state}" + (f"; {progress}" if progress and live else ""))
             self.status.value = f'<div role="status" aria-live="polite" style="{_BAD if state.name == "failed" else ""}">{line}</div>'
             self.logs.refresh(self.run)
             return state
