@@ -299,11 +299,11 @@ def machine(device):
 def bench_steps(args):
     "The table of training steps."
     base, *others = [n for n in STEPS if not args.only or n in args.only.split(";")]
-    rows = {}
+    rows, batch = {}, 128 if args.device.startswith("cuda") else 8
     for i in range(0, len(others), 3):   # no more at a time, for each takes 2 GB; each group has its own base
-        workers = {n: Worker("--step", n, "--device", args.device) for n in (base, *others[i:i + 3])}
+        workers = {n: Worker("--step", n, "--device", args.device, "--batch", batch) for n in (base, *others[i:i + 3])}
         found = interleave(workers, args.rounds, steps=10 if args.device.startswith("cuda") else 1)
-        rows = {**summary(found, base, per=8), **rows}
+        rows = {**summary(found, base, per=batch), **rows}
     return {n: rows[n] for n in (base, *others)}
 
 
