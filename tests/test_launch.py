@@ -154,7 +154,10 @@ def test_stop_before_the_first_step(config):
     run.stop()
     assert run.state.name == "stopped" and run.resumable and "error" not in run.log(), f"{run.state}\n{run.log()}"
     no_process_of(run)
-    at_work(start(replace(config, resume=True), nproc=1)).stop()
+    again = start(replace(config, resume=True), nproc=1)
+    until(lambda: again.state.name != "starting", "the run to open again")
+    assert again.state.name == "running", f"{again.state}\n{again.log()}"
+    assert again.stop().name == "stopped"
 
 
 def test_a_run_killed_before_it_began_cannot_be_resumed_but_started(config):
