@@ -4,11 +4,13 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 import uuid
 from pathlib import Path
 
@@ -189,6 +191,15 @@ def wait_for_step(folder, step, command, timeout=60):
         if command.process.poll() is not None: break
         time.sleep(.01)
     pytest.fail(f"step {step} was not reached: {command.finish(5).err}")
+
+
+def peak_memory(task):
+    "The most MB of Python objects while a task runs, and of this process so far."
+    tracemalloc.start()
+    task()
+    most = tracemalloc.get_traced_memory()[1] / 1e6
+    tracemalloc.stop()
+    return most, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 # A run that was interrupted is compared with one that was not.

@@ -1,13 +1,12 @@
 """The index against hand-made cases, brute force and scikit-learn; memory that does not grow with the data."""
 import json
-import resource
 import time
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import peak_memory
 from sklearn.metrics import mutual_info_score
 from torch import nn
 from torch.utils.data import Dataset
@@ -264,11 +263,7 @@ def test_effects_are_rows_beside_the_index(model, index):
 def test_memory_does_not_grow_with_the_data(model, tmp_path):
     def peak(times):
         pictures = CLIPART.take(list(range(300)) * times)
-        tracemalloc.start()
-        indexed(model, tmp_path / f"{times}", IDS, pictures, batch=50)
-        most = tracemalloc.get_traced_memory()[1] / 1e6
-        tracemalloc.stop()
-        return most, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return peak_memory(lambda: indexed(model, tmp_path / f"{times}", IDS, pictures, batch=50))
     peak(1)
     peak(10)   # Python's table of names may grow once
     (small, before), (large, after) = peak(1), peak(10)

@@ -1,16 +1,15 @@
 """The explorer's answers without a browser: names from anyone, pictures that are gone, two threads, colours that everybody can tell apart."""
 import json
-import resource
 import sys
 import threading
 import time
-import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import peak_memory
 from matplotlib.colors import to_rgb
 
 from llb import LLB, Explorer, load_backbone
@@ -198,10 +197,7 @@ def test_a_click_takes_less_than_200_ms_of_work(big):
 
 @pytest.mark.slow
 def test_a_catalog_of_50_000_pictures_is_small(big):
-    tracemalloc.start()
-    Catalog(open_index(big.rows.path.parent))
-    most = tracemalloc.get_traced_memory()[1] / 1e6
-    tracemalloc.stop()
+    most, _ = peak_memory(lambda: Catalog(open_index(big.rows.path.parent)))
     assert most < 500, most   # MB: tables of K x K and C x K, not of pictures; the two tables of logits alone have 400
 
 
@@ -211,11 +207,7 @@ def test_the_index_of_ten_times_the_pictures_needs_no_more_memory(model, tmp_pat
         pictures = CLIPART.take(list(range(200)) * times)
         pictures = Pictures(pictures.root, pictures.files, tuple(y % 4 for y in pictures.labels), NASTY, pictures.files)
         loader = make_loader(PictureDataset(pictures, model.backbone.transform()), EvalBatches(len(pictures), 32))
-        tracemalloc.start()
-        build_effects(model, loader, build_index(model, loader, tmp_path / str(times), RUNTIME), RUNTIME, 2)
-        most = tracemalloc.get_traced_memory()[1] / 1e6
-        tracemalloc.stop()
-        return most, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return peak_memory(lambda: build_effects(model, loader, build_index(model, loader, tmp_path / str(times), RUNTIME), RUNTIME, 2))
     peak(1)
     peak(10)   # Python's table of names may grow once
     (small, before), (large, after) = peak(1), peak(10)
