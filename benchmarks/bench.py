@@ -66,10 +66,10 @@ def peak_mb(device):
 def make_step(name, device, batch=8, image=224, objects=2048, layers=6, backbone=MODEL["backbone"]):
     "A training step as a function without arguments, and the GFLOPs that one image needs."
     import torch
-    from llb.config import Config, make_backbone, make_model
-    from llb.cost import config_cost
-    from llb.runtime import Runtime, pick_device
-    from llb.trainer import TrainStep
+    from llb.runs.config import Config, make_backbone, make_model
+    from llb.runs.cost import config_cost
+    from llb.core.distributed import Runtime, pick_device
+    from llb.training.trainer import TrainStep
     torch.manual_seed(0)
     place, variant = pick_device(device), STEPS[name]
     images, labels = torch.randn(batch, 3, image, image, device=place), torch.arange(batch, device=place) % CLASSES
@@ -94,7 +94,7 @@ def make_step(name, device, batch=8, image=224, objects=2048, layers=6, backbone
 
 def step_worker(name, device, **size):
     import torch
-    from llb.trainer import TrainStep  # noqa: F401, so that imports are in `before`
+    from llb.training.trainer import TrainStep  # noqa: F401, so that imports are in `before`
     before = peak_mb(device)
     step, gflops = make_step(name, device, **size)
     step()
@@ -135,11 +135,11 @@ def plain_transform():
 def make_dataset(name, folder):
     "Training pictures under keys (epoch, index), read the way `name` says."
     from dataclasses import replace
-    from llb.augment import RandAugment
-    from llb.backbones import Preprocessing
-    from llb.data import PictureDataset, scan_folder
-    from llb.pixels import Geometry, PixelDataset, build_pixels
-    from llb.runtime import Runtime, pick_device
+    from llb.data.augment import RandAugment
+    from llb.models.backbone import Preprocessing
+    from llb.data.images import PictureDataset, scan_folder
+    from llb.data.image_cache import Geometry, PixelDataset, build_pixels
+    from llb.core.distributed import Runtime, pick_device
     pictures, geometry = scan_folder(folder), Preprocessing((224, 224), (.485, .456, .406), (.229, .224, .225), "bilinear", 224 / 256)
     if name == "plain": return PlainPictures(pictures, plain_transform())
     if name == "oracle": return PictureDataset(pictures, geometry.transform(train=True))
@@ -173,7 +173,7 @@ class Repeated:
 def input_worker(name, folder):
     import torch
     torch.set_num_threads(1)
-    from llb.backbones import Preprocessing
+    from llb.models.backbone import Preprocessing
     dataset, done = make_dataset(name, Path(folder)), 0
     n, normalise = len(dataset), Preprocessing((224, 224), (.485, .456, .406), (.229, .224, .225)).normalise
     def load(i):
@@ -192,7 +192,7 @@ def input_worker(name, folder):
 def loop_worker(name, folder, device):
     "Training on real JPEGs with loader workers: images/s and the share of time that the loop waits for data."
     import torch
-    from llb.data import TrainBatches, make_loader
+    from llb.data.images import TrainBatches, make_loader
     cuda = device.startswith("cuda")
     batch, cores = (128, max(1, os.cpu_count() - 1)) if cuda else (8, 1)
     step = make_step("bf16+compiled" if cuda else "eager", device, batch=batch)[0].step
@@ -318,9 +318,9 @@ def ddp_rank(args):
     import torch
     import torch.distributed as dist
     from contextlib import nullcontext
-    from llb.config import Config, make_backbone, make_model
-    from llb.runtime import barrier, start_runtime
-    from llb.trainer import TrainStep
+    from llb.runs.config import Config, make_backbone, make_model
+    from llb.core.distributed import barrier, start_runtime
+    from llb.training.trainer import TrainStep
     with start_runtime(args.device) as runtime:
         torch.manual_seed(0)
         config = Config(**{**MODEL, "batch_size": 4})

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from llb.analysis import ObjectIndex, open_index
-from llb.backbones import Preprocessing
-from llb.data import load_data
-from llb.effects import EFFECTS_FILE
-from llb.gallery import PatchSample
-from llb.rows import Rows, RowWriter
+from llb.analysis.index import ObjectIndex, open_index
+from llb.models.backbone import Preprocessing
+from llb.data.images import load_data
+from llb.analysis.effects import EFFECTS_FILE
+from llb.analysis.exemplars import PatchSample
+from llb.core.arrays import Rows, RowWriter
 
 
 def synthetic_index(folder:Path, pictures:int=50_000, objects:int=2048, classes:int=1000, grid=(14, 14), dim:int=64, seed:int=0)->ObjectIndex:
@@ -73,7 +73,7 @@ def timed(what, *args)->float: # milliseconds
 
 def measure(index:ObjectIndex, clicks:int=60, seed:int=0)->dict[str, np.ndarray]: # milliseconds by action
     "Click patches, first of new pictures, then of the same ones."
-    from llb.explorer import Explorer
+    from llb.apps.explorer import Explorer
     made = []
     found, rng = {"open the explorer": [timed(lambda: made.append(Explorer(index)))]}, np.random.default_rng(seed)
     explorer = made[0]

@@ -7,20 +7,20 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "load_backbone": "backbones",
-    "LLB": "model",
-    "LLBLoss": "model",
-    "LLBOutput": "model",
-    "Config": "config",
-    "load_data": "data",
-    "load_dataset": "datasets",
-    "load_reference_checkpoint": "release",
-    "to_reference_state_dict": "release",
-    "Trainer": "trainer",
-    "start": "launch",
-    "attach": "launch",
-    "RunMonitor": "monitor",
-    "Explorer": "explorer",
+    "load_backbone": "models.backbone",
+    "LLB": "models.llb",
+    "LLBLoss": "models.llb",
+    "LLBOutput": "models.llb",
+    "Config": "runs.config",
+    "load_data": "data.images",
+    "load_dataset": "data.datasets",
+    "load_reference_checkpoint": "models.release",
+    "to_reference_state_dict": "models.release",
+    "Trainer": "training.trainer",
+    "start": "runs.processes",
+    "attach": "runs.processes",
+    "RunMonitor": "apps.monitor",
+    "Explorer": "apps.explorer",
 }
 __all__ = list(_HOME)
 

@@ -11,13 +11,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-import llb.corrupt
-from llb.backbones import load_backbone
-from llb.data import EvalBatches, decode
-from llb.evaluate import evaluate
-from llb.metrics import Scores, measure
-from llb.model import LLB, LLBLoss, batch_totals
-from llb.runtime import start_runtime
+import llb.data.unreadable
+from llb.models.backbone import load_backbone
+from llb.data.images import EvalBatches, decode
+from llb.training.evaluate import evaluate
+from llb.training.metrics import Scores, measure
+from llb.models.llb import LLB, LLBLoss, batch_totals
+from llb.core.distributed import start_runtime
 
 B, C, N = 12, 3, 11
 
@@ -66,8 +66,8 @@ def evaluation(runtime):
 def corrupt(folder):
     "Which of eleven files cannot be read, and how many of them this process read."
     read = []
-    llb.corrupt.decode = lambda path: read.append(path) or decode(path)
-    found = llb.corrupt.find_corrupt([Path(folder, f"{i}.png") for i in range(N)])
+    llb.data.unreadable.decode = lambda path: read.append(path) or decode(path)
+    found = llb.data.unreadable.find_corrupt([Path(folder, f"{i}.png") for i in range(N)])
     return {"found": sorted(Path(path).name for path in found), "read": len(read)}
 
 

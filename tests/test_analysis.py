@@ -11,18 +11,18 @@ from sklearn.metrics import mutual_info_score
 from torch import nn
 from torch.utils.data import Dataset
 
-from llb.analysis import (association, branch_agreement, build_index, exemplars, index_run, index_scores, load_run, object_table,
+from llb.analysis.index import (association, branch_agreement, build_index, exemplars, index_run, index_scores, load_run, object_table,
                           open_index, partners, pictures_with, summarise)
-from llb.backbones import load_backbone
-from llb.config import Config, make_backbone, make_data, make_model
-from llb.data import EvalBatches, PictureDataset, load_data, make_loader
-from llb.effects import (area, attribution, build_effects, class_effects, effects_of_run, faithfulness, label_logits, mean_embedding,
+from llb.models.backbone import load_backbone
+from llb.runs.config import Config, make_backbone, make_data, make_model
+from llb.data.images import EvalBatches, PictureDataset, load_data, make_loader
+from llb.analysis.effects import (area, attribution, build_effects, class_effects, effects_of_run, faithfulness, label_logits, mean_embedding,
                          occlusion, open_effects)
-from llb.features import FeatureDataset, build_store
-from llb.metrics import measure
-from llb.model import LLB
-from llb.runtime import InputError, Runtime
-from llb.similarity import match_objects, moved_pairs, similarity
+from llb.models.token_cache import FeatureDataset, build_store
+from llb.training.metrics import measure
+from llb.models.llb import LLB
+from llb.core.distributed import InputError, Runtime
+from llb.analysis.similarity import match_objects, moved_pairs, similarity
 
 CLIPART = load_data(Path(__file__).parent.parent / "data" / "openclipart").val
 RUNTIME = Runtime(torch.device("cpu"))

@@ -7,16 +7,16 @@ import torch
 from PIL import Image
 from sklearn.metrics import (adjusted_mutual_info_score, adjusted_rand_score, completeness_score, homogeneity_score, mutual_info_score)
 
-from llb.analysis import look
-from llb.attention import attention_maps, class_attention, over_objects, rollout
-from llb.backbones import BackboneOutput
-from llb.data import Pictures
-from llb.gallery import Exemplars, PatchSample, at_quantile
-from llb.masks import best_overlap, contingency, foreground_ari, information, mask_scores, masks_on_patches, miou_hungarian, miou_many_to_one, pnmi
-from llb.model import LLBHead
-from llb.runtime import InputError
-from llb.scenes import cut_out, make_scenes
-from llb.similarity import match_table
+from llb.analysis.index import look
+from llb.analysis.attention import attention_maps, class_attention, over_objects, rollout
+from llb.models.backbone import BackboneOutput
+from llb.data.images import Pictures
+from llb.analysis.exemplars import Exemplars, PatchSample, at_quantile
+from llb.analysis.masks import best_overlap, contingency, foreground_ari, information, mask_scores, masks_on_patches, miou_hungarian, miou_many_to_one, pnmi
+from llb.models.llb import LLBHead
+from llb.core.distributed import InputError
+from llb.analysis.scenes import cut_out, make_scenes
+from llb.analysis.similarity import match_table
 
 RNG = np.random.default_rng(3)
 REGIONS = RNG.integers(-1, 4, (20, 30))
@@ -98,7 +98,7 @@ def test_look_leaves_no_hook_after_an_error():
     class Broken:
         head = LLBHead(dim=16, num_heads=2, num_classes=3, num_objects=5, num_layers=2)
         def features(self, images): raise RuntimeError("no")
-    from llb.runtime import Runtime
+    from llb.core.distributed import Runtime
     with pytest.raises(RuntimeError): look(Broken(), {"image": torch.zeros(1)}, Runtime(torch.device("cpu")))
     assert not Broken.head.norm._forward_hooks
 

@@ -7,9 +7,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from llb.backbones import FOCUS_NAME, load_backbone
-from llb.methods import METHODS
-from llb.runtime import InputError
+from llb.models.backbone import FOCUS_NAME, load_backbone
+from llb.models.zoo import METHODS
+from llb.core.distributed import InputError
 
 # name, prefix tokens, patch: class token, none, registers only, both, distillation token, rotary and relative positions, CNN stem, parallel blocks
 FAMILIES = [

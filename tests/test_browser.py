@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from llb.checkpoints import load_newest
-from llb.launch import attach, runs
+from llb.runs.checkpoints import load_newest
+from llb.runs.processes import attach, runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 ROOT = Path(__file__).parent.parent
@@ -28,8 +28,8 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 VIEW = {"width": 1280, "height": 1000}
 TINY = """
 from llb import Config
-from llb.launch import attach, start
-from llb.monitor import RunMonitor
+from llb.runs.processes import attach, start
+from llb.apps.monitor import RunMonitor
 config = Config(backbone="test_vit.r160_in1k", random_trunk=True, image_size=64, num_objects=8, num_layers=2, target_layer=2, epochs={epochs}, batch_size=64,
                 augment="none", cache=True, workers=0, log_every=1, device="cpu", save_dir="runs", name="{name}")
 """
@@ -196,7 +196,7 @@ def test_start_stop_and_resume_by_button(lab):
 @pytest.mark.parametrize("end", ["restart", "kill"])
 def test_attach_after_the_kernel_has_ended(lab, end):
     write_notebook(lab.folder / "a.ipynb", TINY.format(epochs=3000, name="kept") + "run = start(config, nproc=2)\nprint('started', run.folder.name)\nRunMonitor(run)")
-    write_notebook(lab.folder / "b.ipynb", "from llb.monitor import RunMonitor\nRunMonitor('runs/kept')")
+    write_notebook(lab.folder / "b.ipynb", "from llb.apps.monitor import RunMonitor\nRunMonitor('runs/kept')")
     lab.open("a.ipynb")
     lab.run_all()
     lab.see("started kept")

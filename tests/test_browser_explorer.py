@@ -14,9 +14,9 @@ import pytest
 import test_browser
 from test_browser import ROOT, chromium, lab, until, write_notebook  # noqa: F401
 
-from llb.analysis import open_index
-from llb.config import Config
-from llb.views import Catalog, predictions
+from llb.analysis.index import open_index
+from llb.runs.config import Config
+from llb.apps.catalog import Catalog, predictions
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.browser]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A small run with its index and effects."""
-    from llb.effects import effects_of_run
+    from llb.analysis.effects import effects_of_run
     from llb.train import train
     folder = tmp_path_factory.mktemp("runs")
     train(Config(backbone="test_vit.r160_in1k", random_trunk=True, image_size=160, num_objects=24, num_layers=2, target_layer=2, epochs=1, batch_size=64, augment="none",
@@ -251,7 +251,7 @@ def test_a_click_takes_less_than_a_blink(lab, tmp_path):  # noqa: F811
     "50,000 pictures, K = 2,048, 1,000 classes: from the mouse to the numbers, and to the gallery, in the page."
     from explorer import synthetic_index
     index = synthetic_index(tmp_path / "big/index")
-    write_notebook(lab.folder / "a.ipynb", f"from llb import Explorer\nfrom llb.analysis import open_index\nExplorer(open_index({str(tmp_path / 'big/index')!r}))")
+    write_notebook(lab.folder / "a.ipynb", f"from llb import Explorer\nfrom llb.analysis.index import open_index\nExplorer(open_index({str(tmp_path / 'big/index')!r}))")
     lab.open("a.ipynb")
     lab.run_all()
     lab.panel.locator(".llb-picker").wait_for(timeout=90_000)

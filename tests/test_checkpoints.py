@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import flags
 
-from llb import checkpoints
-from llb.checkpoints import load_checkpoint, load_newest, prune_checkpoints, save_checkpoint
-from llb.runtime import InputError
+from llb.runs import checkpoints
+from llb.runs.checkpoints import load_checkpoint, load_newest, prune_checkpoints, save_checkpoint
+from llb.core.distributed import InputError
 
 FILES = ("state.safetensors", "state.json", "manifest.json")
 
@@ -96,7 +96,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[4])
-from llb import checkpoints
+from llb.runs import checkpoints
 from test_checkpoints import state
 left = int(sys.argv[2])
 def dying(call):
@@ -203,7 +203,7 @@ def write_module(path, target): torch.save(torch.nn.Linear(2, 2), path)
 @pytest.mark.parametrize("write", [write_pickle, write_torch, write_old_torch, write_module])
 @pytest.mark.parametrize("name", ["trunk.pth", "trunk.bin", "trunk.safetensors"])
 def test_no_code_is_run_from_a_file(write, name, tmp_path):
-    from llb.backbones import load_backbone
+    from llb.models.backbone import load_backbone
     target = tmp_path / "it_ran"
     write(tmp_path / name, target)
     with pytest.raises(InputError) as refused: load_backbone("test_vit", checkpoint=tmp_path / name, image_size=32, num_classes=3)

@@ -16,10 +16,10 @@ import torch
 from conftest import draw, make_pictures
 from PIL import Image
 
-from llb.config import Config, make_data
-from llb.corrupt import find_corrupt, known_corrupt, without_corrupt
-from llb.data import CorruptPicture, PictureDataset, TrainBatches, check_labels, decode, load_data, make_loader, scan_folder
-from llb.runtime import InputError
+from llb.runs.config import Config, make_data
+from llb.data.unreadable import find_corrupt, known_corrupt, without_corrupt
+from llb.data.images import CorruptPicture, PictureDataset, TrainBatches, check_labels, decode, load_data, make_loader, scan_folder
+from llb.core.distributed import InputError
 
 CLIPART = Path(__file__).parent.parent / "data" / "openclipart"
 
@@ -184,7 +184,7 @@ def test_corrupt_pictures_are_found_and_left_out(broken, capsys, cache):
 
 def test_what_a_check_found_is_remembered(broken, cache, monkeypatch):
     decoded = []
-    monkeypatch.setattr("llb.corrupt.decode", lambda path: decoded.append(path) or decode(path))
+    monkeypatch.setattr("llb.data.unreadable.decode", lambda path: decoded.append(path) or decode(path))
     config = Config(dataset="ImageFolder", data_dir=str(broken), skip_corrupt=True)
     assert sum(map(len, vars(make_data(config)).values())) == 57 and len(decoded) == 60
     make_data(replace(config, seed=1))   # other splits of the same files
@@ -281,7 +281,7 @@ def test_fingerprint_sees_names_labels_and_sizes(tmp_path):
 WITH_WORKERS = """
 import os, signal, sys, time
 from pathlib import Path
-from llb.data import PictureDataset, TrainBatches, make_loader, scan_folder
+from llb.data.images import PictureDataset, TrainBatches, make_loader, scan_folder
 def slow(picture): time.sleep(.05); return 0
 loader = make_loader(PictureDataset(scan_folder(sys.argv[1]), slow), TrainBatches(60, 2, 0), workers=2)
 batches = iter(loader)

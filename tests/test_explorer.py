@@ -13,15 +13,15 @@ from conftest import peak_memory
 from matplotlib.colors import to_rgb
 
 from llb import LLB, Explorer, load_backbone
-from llb.analysis import build_index, open_index
-from llb.backbones import Preprocessing
-from llb.canvas import OKABE_ITO
-from llb.data import EvalBatches, PictureDataset, Pictures, load_data, make_loader
-from llb.effects import build_effects
-from llb.pages import Album, gallery_page
-from llb.plots import GREYS, MAX_OPACITY
-from llb.runtime import InputError, Runtime
-from llb.views import Catalog, cell_pictures, draw_class, elsewhere, find_objects, object_html, objects_of, predictions
+from llb.analysis.index import build_index, open_index
+from llb.models.backbone import Preprocessing
+from llb.plots.style import OKABE_ITO
+from llb.data.images import EvalBatches, PictureDataset, Pictures, load_data, make_loader
+from llb.analysis.effects import build_effects
+from llb.apps.html import Album, gallery_page
+from llb.plots.maps import GREYS, MAX_OPACITY
+from llb.core.distributed import InputError, Runtime
+from llb.apps.catalog import Catalog, cell_pictures, draw_class, elsewhere, find_objects, object_html, objects_of, predictions
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 CLIPART = load_data(Path(__file__).parent.parent / "data/openclipart").val

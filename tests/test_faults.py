@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import OPTIONS, TINY, flags, results
 
-from llb.runs import read_events, tail_events
+from llb.runs.folder import read_events, tail_events
 
 pytestmark = pytest.mark.long
 CASES = int(os.environ.get("LLB_FAULTS", 40))

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llb.backbones import load_backbone
-from llb.model import LLB
-from llb.runs import read_events
+from llb.models.backbone import load_backbone
+from llb.models.llb import LLB
+from llb.runs.folder import read_events
 
 VISUAL = dict(objective="visual", epochs=2, lr=3e-3, warmup_epochs=0.5, weight_decay=0.05)
 

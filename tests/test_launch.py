@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from llb.config import Config
-from llb.launch import STAGES, Run, attach, main, runs, start
-from llb.launchers import MARK, Slurm
-from llb.runs import write_json
-from llb.runtime import InputError
+from llb.runs.config import Config
+from llb.runs.processes import STAGES, Run, attach, main, runs, start
+from llb.runs.launchers import MARK, Slurm
+from llb.runs.folder import write_json
+from llb.core.distributed import InputError
 
 pytestmark = pytest.mark.slow
 TINY = dict(backbone="test_vit.r160_in1k", random_trunk=True, image_size=32, num_objects=8, num_layers=2, target_layer=2, epochs=2000, batch_size=64,
@@ -65,7 +65,7 @@ def program(tmp_path):
 
     def begin(config, then):
         write_json(tmp_path / "start.json", {"config": config.to_dict()})
-        code = f"from llb.config import Config\nfrom llb.launch import start\nrun = start(Config.from_file({str(tmp_path / 'start.json')!r}), nproc=2)\n"
+        code = f"from llb.runs.config import Config\nfrom llb.runs.processes import start\nrun = start(Config.from_file({str(tmp_path / 'start.json')!r}), nproc=2)\n"
         started.append(subprocess.Popen([sys.executable, "-c", code + textwrap.dedent(then)], start_new_session=True))
         until(lambda: (config.run_folder / "launch/001/proc.json").exists(), "the program to start the run")
         return started[-1]
@@ -178,7 +178,7 @@ def test_killed_worker_fails_the_run_with_the_signal(config):
 def test_bad_input_and_exceptions_say_why(config, tmp_path, monkeypatch):
     bad = start(replace(config, name="sentence", dataset="ImageFolder", data_dir=str(tmp_path / "nowhere")), nproc=2)
     assert bad.wait(60).name == "failed" and "nowhere" in bad.state.reason
-    (tmp_path / "sitecustomize.py").write_text("import sys\nif 'llb.train' in sys.orig_argv: import llb.trainer; llb.trainer.Trainer.train_epoch = lambda self: 1 / 0\n")
+    (tmp_path / "sitecustomize.py").write_text("import sys\nif 'llb.train' in sys.orig_argv: import llb.training.trainer; llb.training.trainer.Trainer.train_epoch = lambda self: 1 / 0\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     raised = start(replace(config, name="raised"), nproc=2)
     assert raised.wait(60).name == "failed" and "ZeroDivisionError" in raised.state.reason, raised.log()

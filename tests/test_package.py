@@ -13,8 +13,9 @@ import pytest
 import llb
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(p.stem for p in (ROOT / "llb").glob("*.py") if not p.stem.startswith("_"))
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
+ROOMS = ("core", "data", "models", "runs", "training", "analysis", "plots", "study", "apps")
+MODULES = sorted(".".join(p.relative_to(ROOT / "llb").with_suffix("").parts) for p in (ROOT / "llb").rglob("*.py") if not p.stem.startswith("_"))
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("[0-9][0-9]_*.ipynb"))
 
 
 def python(code, **kwargs):
@@ -33,7 +34,7 @@ def test_import_is_quiet_and_small():
 
 IMPORT_ALL = """
 import importlib, os, socket, subprocess, sys, threading
-import timm, torch, torchvision   # what these do at import is not ours
+import matplotlib.font_manager, timm, torch, torchvision   # what these do at import is not ours
 def refuse(*_, **__): raise AssertionError("an import must not do this")
 for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo"), (subprocess, "Popen"), (os, "fork"), (os, "system")): setattr(owner, name, refuse)
 for name in ("nbdev", "fastcore", "execnb"): sys.modules[name] = None   # importing it raises
@@ -85,28 +86,46 @@ def test_unknown_public_name():
     with pytest.raises(AttributeError, match="it offers"): getattr(llb, "nothing")  # noqa: B009
 
 
-def layers():
-    "Module -> number of its notebook."
+def places():
+    "Module -> its room, counted from the left, and the number of its notebook."
     found = {}
     for notebook in NOTEBOOKS:
         sources = ("".join(c["source"]) for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"])
-        for source in sources:
-            for line in source.splitlines():
-                if line.startswith("#| default_exp"): found[line.split()[-1]] = int(notebook.name[:2])
+        names = [line.split()[-1] for source in sources for line in source.splitlines() if line.startswith("#| default_exp")]
+        for name in names:
+            room, _, module = name.rpartition(".")
+            folder = f"{ROOMS.index(room)}_{room}" if room else "nbs"
+            assert notebook.parent.name == folder and notebook.stem[3:] == module, f"{notebook} is no place for {name}"
+            found[name] = (ROOMS.index(room) if room else len(ROOMS), int(notebook.name[:2]))
     return found
 
 
-def test_imports_go_down():
-    number = layers()
-    assert set(number) == set(MODULES), "a module without notebook, or the reverse"
-    wrong = []
+def imported(module):
+    "The modules of this package that a module imports."
+    package = ("llb." + module).split(".")[:-1]
+    for node in ast.walk(ast.parse((ROOT / "llb" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import): yield from (a.name.removeprefix("llb.") for a in node.names if a.name.startswith("llb."))
+        if not isinstance(node, ast.ImportFrom): continue
+        base = package[:len(package) - node.level + 1] if node.level else []
+        name = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+        if name.split(".")[0] != "llb": continue
+        name = name.removeprefix("llb").strip(".")
+        yield from [name] if name in MODULES else (f"{name}.{a.name}".strip(".") for a in node.names)
+
+
+def test_each_module_has_a_notebook_in_its_room():
+    assert set(places()) == set(MODULES), "a module without notebook, or the reverse"
+    numbers = [number for _, number in places().values()]
+    assert len(set(numbers)) == len(numbers), "two notebooks share a number"
+
+
+def test_a_room_imports_from_rooms_to_its_left():
+    at, wrong = places(), []
     for module in MODULES:
-        for node in ast.walk(ast.parse((ROOT / "llb" / f"{module}.py").read_text(encoding="utf-8"))):
-            used = []
-            if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").split(".")[0] == "llb"):
-                used = [node.module.split(".")[-1]] if node.module not in (None, "llb") else [a.name for a in node.names]
-            if isinstance(node, ast.Import): used = [a.name.split(".")[1] for a in node.names if a.name.startswith("llb.")]
-            wrong += [f"{number[module]:02} {module} imports {number[u]:02} {u}" for u in used if number[u] >= number[module]]
+        for used in imported(module):
+            if at[used] >= at[module]: wrong.append(f"{module} imports {used}, which stands to its right")
+            if at[module][0] == ROOMS.index("plots") and at[used][0] not in (ROOMS.index("plots"), ROOMS.index("core")):
+                wrong.append(f"{module} imports {used}: plots take arrays and use core alone")
     assert not wrong, wrong
 
 
@@ -147,7 +166,7 @@ def test_wheel(tmp_path):
     assert made.returncode == 0, made.stderr
     wheel = zipfile.ZipFile(next(tmp_path.glob("*.whl")))
     names = set(wheel.namelist())
-    assert {f"llb/{m}.py" for m in [*MODULES, "__init__"]} <= names
+    assert {f"llb/{m.replace('.', '/')}.py" for m in [*MODULES, "__init__"]} <= names
     assert {f"llb/recipes/{p.name}" for p in (ROOT / "llb/recipes").glob("*.toml")} <= names
     assert all(n.startswith(("llb/", "llb_workbench-")) for n in names)
     metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
@@ -159,7 +178,7 @@ def test_wheel(tmp_path):
                           env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "site/llb/__init__.py")   # not the checkout
-    done = subprocess.run([sys.executable, "-c", "from llb.config import parse_command; print(parse_command(['--recipe', 'demo']).cache)"],
+    done = subprocess.run([sys.executable, "-c", "from llb.runs.config import parse_command; print(parse_command(['--recipe', 'demo']).cache)"],
                           capture_output=True, text=True, timeout=60, cwd=tmp_path / "site", env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
     assert done.stdout.strip() == "True", done.stderr
 

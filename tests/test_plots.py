@@ -10,10 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from llb import charts, plots
-from llb.canvas import OKABE_ITO, to_png
-from llb.plots import GREYS, MAX_OPACITY, colour_of, object_colours, pale
-from llb.runtime import InputError
+from llb.plots import charts, maps as plots
+from llb.plots.style import OKABE_ITO, to_png
+from llb.plots.maps import GREYS, MAX_OPACITY, colour_of, object_colours, pale
+from llb.core.distributed import InputError
 
 RNG = np.random.default_rng(0)
 GRIDS = [(3, 5, 16), (3, 5, 14), (7, 2, 14), (1, 4, 16), (6, 6, 8)]  # h, w, patch
@@ -233,7 +233,7 @@ def test_alpha_curve_says_which_data_are_diagnostic():
 
 
 def test_drawing_leaves_no_global_state():
-    code = ("import matplotlib, numpy as np; before = matplotlib.rcParams.copy(); import llb.plots, llb.charts, sys;"
-            "llb.plots.plot_soft_map(np.ones((4, 4, 3)), np.ones(4) / 2, (2, 2)); llb.charts.plot_usage([1, 2]);"
+    code = ("import matplotlib, numpy as np; before = matplotlib.rcParams.copy(); import llb.plots.maps, llb.plots.charts, sys;"
+            "llb.plots.maps.plot_soft_map(np.ones((4, 4, 3)), np.ones(4) / 2, (2, 2)); llb.plots.charts.plot_usage([1, 2]);"
             "assert 'matplotlib.pyplot' not in sys.modules and matplotlib.rcParams.copy() == before")
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,7 +17,7 @@ import pytest
 from conftest import OPTIONS, TINY, flags, results, wait_for_step
 from safetensors.torch import load_file
 
-from llb.runs import read_events
+from llb.runs.folder import read_events
 
 pytestmark = pytest.mark.slow
 # What is done to a training process from within
@@ -27,7 +27,7 @@ def kill_now(): os.kill(os.getpid(), signal.SIGKILL)
 
 def at_step(number, what, after):
     "Kill, or send a signal, before or after a step."
-    from llb.trainer import TrainStep
+    from llb.training.trainer import TrainStep
     call = TrainStep.__call__
     def step(self, batch, n, epoch):
         if n == number and not after: os.kill(os.getpid(), what)
@@ -80,8 +80,8 @@ def test_kill_at_random_steps(processes, workers, pictures, tmp_path, forked, wa
         assert len([e for e in events if e["kind"] == "epoch"]) == 3 and events[-1]["reason"] == "done"
 
 
-SAVING = [("pathlib:Path", "write_bytes", 4), ("os", "fsync", 5), ("pathlib:Path", "rename", 2), ("llb.trainer", "prune_checkpoints", 2),
-          ("llb.trainer", "save_predictions", 1), ("llb.trainer", "evaluate", 2), ("llb.trainer", "evaluate", 4)]
+SAVING = [("pathlib:Path", "write_bytes", 4), ("os", "fsync", 5), ("pathlib:Path", "rename", 2), ("llb.training.trainer", "prune_checkpoints", 2),
+          ("llb.training.trainer", "save_predictions", 1), ("llb.training.trainer", "evaluate", 2), ("llb.training.trainer", "evaluate", 4)]
 
 
 @pytest.mark.parametrize("owner,name,count", SAVING, ids=[f"{n}-{c}" for _, n, c in SAVING])
@@ -137,7 +137,7 @@ def test_stop(processes, rank, number, what, after, pictures, tmp_path, forked, 
 def storm(number):
     "Many signals at once, also while it saves."
     at_step(number, signal.SIGTERM, True)
-    from llb import checkpoints
+    from llb.runs import checkpoints
     flush = checkpoints._flush
     def noisy(path):
         for s in signal.SIGINT, signal.SIGTERM: os.kill(os.getpid(), s)
@@ -155,7 +155,7 @@ def test_a_second_signal_does_not_spoil_the_save(pictures, tmp_path, forked, wan
 
 
 def touch_stop(folder, number):
-    from llb.trainer import TrainStep
+    from llb.training.trainer import TrainStep
     call = TrainStep.__call__
     def step(self, batch, n, epoch):
         if n == number: Path(folder, "stop").touch()
@@ -229,7 +229,7 @@ def test_a_process_that_never_joins(pictures, tmp_path, start):
 
 def seen_pictures(folder):
     "In the training process: write which pictures each step sees."
-    from llb.trainer import TrainStep
+    from llb.training.trainer import TrainStep
     call = TrainStep.__call__
     def step(self, batch, n, epoch):
         with open(Path(folder) / f"seen.{os.environ.get('RANK', 0)}.{os.getpid()}", "a") as f:
@@ -269,8 +269,8 @@ def both(folder, stop_after):
 
 def test_other_numbers_of_processes_see_the_same_pixels(pictures, tmp_path, forked):
     "Batches of 6: one process, two, and three; here of the batches themselves."
-    from llb.backbones import load_backbone
-    from llb.data import PictureDataset, TrainBatches, load_data, make_loader
+    from llb.models.backbone import load_backbone
+    from llb.data.images import PictureDataset, TrainBatches, load_data, make_loader
     train, transform = load_data(pictures).train, load_backbone("test_vit", pretrained=False, image_size=32).transform(train=True)
     steps = {}
     for size in 1, 2, 3:
@@ -295,7 +295,7 @@ def test_the_same_trunk_everywhere(pictures, tmp_path, forked):
 
 
 def say_trunk():
-    from llb.trainer import Trainer
+    from llb.training.trainer import Trainer
     fit = Trainer.fit
     def wrapped(self):
         print("TRUNK", self.model.backbone.content_hash(), flush=True)
@@ -304,7 +304,7 @@ def say_trunk():
 
 
 def test_watchdog_ends_a_process_whose_parent_died(start):
-    program = ("import os, time; from llb.runtime import end_with_parent\n"
+    program = ("import os, time; from llb.core.distributed import end_with_parent\n"
                "if os.fork(): time.sleep(.5); os._exit(0)\n"
                "end_with_parent(.05); print('watching', flush=True); time.sleep(60)")
     run = start(sys.executable, "-c", program)

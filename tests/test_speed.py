@@ -18,18 +18,18 @@ from test_train import equal, parameters, spoil_step
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
-from llb import trainer
-from llb.augment import RandAugment
-from llb.backbones import Preprocessing, load_backbone
-from llb.config import Config, make_backbone, make_model
-from llb.data import PictureDataset, load_data, scan_folder
-from llb.features import store_layout
-from llb.model import LLB, LLBLoss, batch_totals
-from llb.objects import LatentObjects, entropy
-from llb.pixels import Geometry, PixelDataset, PixelStore, all_pictures, build_pixels
-from llb.runs import read_events
-from llb.runtime import InputError, Runtime
-from llb.trainer import TrainStep, check_resumable
+from llb.training import trainer
+from llb.data.augment import RandAugment
+from llb.models.backbone import Preprocessing, load_backbone
+from llb.runs.config import Config, make_backbone, make_model
+from llb.data.images import PictureDataset, load_data, scan_folder
+from llb.models.token_cache import store_layout
+from llb.models.llb import LLB, LLBLoss, batch_totals
+from llb.models.objects import LatentObjects, entropy
+from llb.data.image_cache import Geometry, PixelDataset, PixelStore, all_pictures, build_pixels
+from llb.runs.folder import read_events
+from llb.core.distributed import InputError, Runtime
+from llb.training.trainer import TrainStep, check_resumable
 
 HERE = Path(__file__).parent
 SMALL = dict(backbone="test_vit", random_trunk=True, image_size=32, num_layers=3, target_layer=3, batch_size=6, num_objects=16)
@@ -108,7 +108,7 @@ def test_from_4096_objects_on_assignments_are_not_kept():
 @pytest.mark.parametrize("temperature", [.02, .1, 2.])
 def test_chunks_agree_with_the_plain_path(temperature, amp, monkeypatch):
     "Values and gradients to 1e-5; with bf16 autocast to bf16's rounding, of which each path has its own."
-    monkeypatch.setattr("llb.objects.CHUNK", 3 * 9 * 300)
+    monkeypatch.setattr("llb.models.objects.CHUNK", 3 * 9 * 300)
     torch.manual_seed(0)
     objects, x, probe = LatentObjects(24, 300, temperature), torch.randn(8, 9, 24, requires_grad=True), torch.randn(8, 9, 24)
     def run(decouple):
@@ -134,7 +134,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_tensor_is_as_large_as_the_assignments(monkeypatch):
-    monkeypatch.setattr("llb.objects.CHUNK", 2 * 49 * 1000)
+    monkeypatch.setattr("llb.models.objects.CHUNK", 2 * 49 * 1000)
     objects, x = LatentObjects(8, 1000), torch.randn(16, 49, 8, requires_grad=True)
     sizes = []
     for compact in True, False:
@@ -148,7 +148,7 @@ def test_no_tensor_is_as_large_as_the_assignments(monkeypatch):
 
 PEAK = """
 import sys, torch
-from llb.objects import LatentObjects
+from llb.models.objects import LatentObjects
 torch.manual_seed(0)
 objects, x = LatentObjects(64, 32768), torch.randn(12, 196, 64, requires_grad=True)
 # in MB; not ru_maxrss, which begins with the peak of the process that started this one
@@ -312,7 +312,7 @@ def test_a_damaged_record_is_noticed_and_made_anew(damage, jpegs, tmp_path):
 
 def test_a_disk_that_is_too_small_is_refused(jpegs, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("llb.pixels.shutil.disk_usage", lambda path: usage(0, 0, 4096))
+    monkeypatch.setattr("llb.data.image_cache.shutil.disk_usage", lambda path: usage(0, 0, 4096))
     with pytest.raises(InputError, match="needs .* GB more in .*; set LLB_CACHE .* without --cache_pixels"): build_pixels(scan_folder(jpegs), SIZES[0], CPU, tmp_path)
 
 
@@ -401,7 +401,7 @@ def trunk_file(tmp_path):
 
 def say_share():
     "In the training process: what it holds of the trunk when training starts."
-    from llb.trainer import Trainer
+    from llb.training.trainer import Trainer
     fit = Trainer.fit
     def wrapped(self):
         local = sum(getattr(p, "_local_tensor", p).numel() for p in self.model.backbone.trunk.parameters())

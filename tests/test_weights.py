@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import ViT_B_16_Weights, VisionTransformer, vit_b_16, vit_h_14, vit_l_16
 
-from llb.backbones import load_backbone
-from llb.runtime import InputError
-from llb.weights import layout_of, read_state_dict, to_timm
+from llb.models.backbone import load_backbone
+from llb.core.distributed import InputError
+from llb.models.weights import layout_of, read_state_dict, to_timm
 
 NAME, SIZE, DIM, HEADS, DEPTH, CLASSES = "vit_tiny_patch16_224", 48, 192, 3, 12, 7   # a 3 x 3 grid
 
@@ -119,7 +119,7 @@ def test_mae_method_file(monkeypatch, tmp_path):
     model = timm.create_model("vit_base_patch16_224", img_size=32, num_classes=1000, global_pool="avg")
     torch.save({"model": model.state_dict()}, tmp_path / "mae_finetuned_vit_base.pth")
     asked = []
-    monkeypatch.setattr("llb.backbones.fetch", lambda *a: asked.append(a) or tmp_path / "mae_finetuned_vit_base.pth")
+    monkeypatch.setattr("llb.models.backbone.fetch", lambda *a: asked.append(a) or tmp_path / "mae_finetuned_vit_base.pth")
     b = load_backbone("mae_in1k_ft_in1k/base", num_classes=365, image_size=64)
     assert asked == [("https://dl.fbaipublicfiles.com/mae/finetune/mae_finetuned_vit_base.pth", "md5:1b25e9")]
     assert b.num_classes == 0 and b.num_features == 768 and b.source.endswith("pixels: bicubic)") and b.preprocessing.crop_pct == .875
