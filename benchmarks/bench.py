@@ -66,10 +66,10 @@ def peak_mb(device):
 def make_step(name, device, batch=8, image=224, objects=2048, layers=6, backbone=MODEL["backbone"]):
     "A training step as a function without arguments, and the GFLOPs that one image needs."
     import torch
-    from llb.runs.config import Config, make_backbone, make_model
+    from llb.runs.config import Config; from llb.runs.build import make_backbone, make_model
     from llb.runs.cost import config_cost
     from llb.core.distributed import Runtime, pick_device
-    from llb.training.trainer import TrainStep
+    from llb.training.step import TrainStep
     torch.manual_seed(0)
     place, variant = pick_device(device), STEPS[name]
     images, labels = torch.randn(batch, 3, image, image, device=place), torch.arange(batch, device=place) % CLASSES
@@ -94,7 +94,7 @@ def make_step(name, device, batch=8, image=224, objects=2048, layers=6, backbone
 
 def step_worker(name, device, **size):
     import torch
-    from llb.training.trainer import TrainStep  # noqa: F401, so that imports are in `before`
+    from llb.training.step import TrainStep  # noqa: F401, so that imports are in `before`
     before = peak_mb(device)
     step, gflops = make_step(name, device, **size)
     step()
@@ -136,9 +136,9 @@ def make_dataset(name, folder):
     "Training pictures under keys (epoch, index), read the way `name` says."
     from dataclasses import replace
     from llb.data.augment import RandAugment
-    from llb.models.backbone import Preprocessing
-    from llb.data.images import PictureDataset, scan_folder
-    from llb.data.image_cache import Geometry, PixelDataset, build_pixels
+    from llb.data.preprocessing import Preprocessing
+    from llb.data.batches import PictureDataset; from llb.data.images import scan_folder
+    from llb.data.preprocessing import Geometry; from llb.data.image_cache import PixelDataset, build_pixels
     from llb.core.distributed import Runtime, pick_device
     pictures, geometry = scan_folder(folder), Preprocessing((224, 224), (.485, .456, .406), (.229, .224, .225), "bilinear", 224 / 256)
     if name == "plain": return PlainPictures(pictures, plain_transform())
@@ -157,7 +157,7 @@ class PlainPictures:
 
     def __getitem__(self, key):
         from PIL import Image
-        with Image.open(self.pictures.root / self.pictures.files[key[1]]) as picture: image = self.transform(picture.convert("RGB"))
+        with Image.open(self.pictures.root / self.pictures.files[key[1]]) as opened: image = self.transform(opened.convert("RGB"))
         return {"index": key[1], "label": self.pictures.labels[key[1]], "image": image}
 
 
@@ -173,7 +173,7 @@ class Repeated:
 def input_worker(name, folder):
     import torch
     torch.set_num_threads(1)
-    from llb.models.backbone import Preprocessing
+    from llb.data.preprocessing import Preprocessing
     dataset, done = make_dataset(name, Path(folder)), 0
     n, normalise = len(dataset), Preprocessing((224, 224), (.485, .456, .406), (.229, .224, .225)).normalise
     def load(i):
@@ -192,7 +192,7 @@ def input_worker(name, folder):
 def loop_worker(name, folder, device):
     "Training on real JPEGs with loader workers: images/s and the share of time that the loop waits for data."
     import torch
-    from llb.data.images import TrainBatches, make_loader
+    from llb.data.batches import TrainBatches, make_loader
     cuda = device.startswith("cuda")
     batch, cores = (128, max(1, os.cpu_count() - 1)) if cuda else (8, 1)
     step = make_step("bf16+compiled" if cuda else "eager", device, batch=batch)[0].step
@@ -318,9 +318,9 @@ def ddp_rank(args):
     import torch
     import torch.distributed as dist
     from contextlib import nullcontext
-    from llb.runs.config import Config, make_backbone, make_model
+    from llb.runs.config import Config; from llb.runs.build import make_backbone, make_model
     from llb.core.distributed import barrier, start_runtime
-    from llb.training.trainer import TrainStep
+    from llb.training.step import TrainStep
     with start_runtime(args.device) as runtime:
         torch.manual_seed(0)
         config = Config(**{**MODEL, "batch_size": 4})

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from llb.analysis.index import ObjectIndex, open_index
-from llb.models.backbone import Preprocessing
-from llb.data.images import load_data
 from llb.analysis.effects import EFFECTS_FILE
 from llb.analysis.exemplars import PatchSample
+from llb.analysis.index import ObjectIndex, open_index
 from llb.core.arrays import Rows, RowWriter
+from llb.data.preprocessing import Preprocessing
+from llb.data.splits import load_data
 
 
 def synthetic_index(folder:Path, pictures:int=50_000, objects:int=2048, classes:int=1000, grid=(14, 14), dim:int=64, seed:int=0)->ObjectIndex:

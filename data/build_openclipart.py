@@ -3,9 +3,9 @@
 # requires-python = ">=3.10"
 # dependencies = ["pillow>=10", "ImageHash>=4.3", "numpy>=2.0", "scipy>=1.10", "tqdm"]
 # ///
-"""Build a labelled picture set from the Open Clip Art Library.
+"""Build a labelled drawing set from the Open Clip Art Library.
 
-The source is Debian's package ``openclipart-png``, whose pictures were sorted
+The source is Debian's package ``openclipart-png``, whose drawings were sorted
 into folders by people and placed in the public domain.  The result is a folder
 of class folders, ``{train,val}/<category>/<name>.webp``, with an ``index.csv``,
 a ``LICENSE`` and a ``README.md`` whose numbers are counted here.
@@ -46,7 +46,7 @@ HERE = Path(__file__).resolve().parent
 PACKAGE = "openclipart-png 1:0.18+dfsg"
 SOURCE = Path("/usr/share/openclipart/png")
 
-#: pHash, dHash and normalised grey thumbnail of one picture.
+#: pHash, dHash and normalised grey thumbnail of one drawing.
 Look = tuple[int, int, np.ndarray]
 
 #: A category and the folders of the collection it is made of (with sub-folders).
@@ -75,17 +75,17 @@ SKIPPED = (
     "people/clothing",
     "tools/weapons",
 )
-#: Seen by eye; most such pictures are recognised by `is_broken`.
+#: Seen by eye; most such drawings are recognised by `is_broken`.
 BROKEN = frozenset({"animals/birds/duck_yellow_ii_kurt_cagl_.png"})
 
-CAP = 250  # most pictures in a category
+CAP = 250  # most drawings in a category
 VAL_SHARE = 0.3  # share of every category held out
 QUALITY = 80  # WebP quality
 MIN_SIDE = 32  # a drawing whose longer side is shorter than this is too small
-MIN_SPREAD = 4.0  # a picture whose grey values spread less than this is blank
+MIN_SPREAD = 4.0  # a drawing whose grey values spread less than this is blank
 MARGIN = 0.04  # white margin around the trimmed drawing
 
-# Two pictures are near duplicates where all three measures agree.
+# Two drawings are near duplicates where all three measures agree.
 THUMB = 24  # side of the grey thumbnail whose correlation is taken
 STRICT = (12, 12, 0.90)  # most bits of pHash, of dHash (of 64); least correlation
 LOOSE = (20, 20, 0.80)  # the same where both names begin with the same word
@@ -102,13 +102,13 @@ REASONS = {
     "blank": "blank or nearly blank",
     "small": f"drawing smaller than {MIN_SIDE} px",
     "broken": "badly rendered (shows the text “Linked Image Not Found”)",
-    "copy": "exact copy of another picture of its category",
+    "copy": "exact copy of another drawing of its category",
     "ambiguous": "lies in two categories",
-    "cap": f"over the cap of {CAP} pictures a category",
+    "cap": f"over the cap of {CAP} drawings a category",
 }
 
 LICENCE = """\
-These pictures come from the Open Clip Art Library (http://www.openclipart.org)
+These drawings come from the Open Clip Art Library (http://www.openclipart.org)
 by way of the Debian package openclipart-png, whose copyright file says:
 
 Copyright:
@@ -151,13 +151,13 @@ README = """\
 
 {total} public-domain drawings in {classes} categories, {size} px WebP on white.  A label
 is the folder into which the collection's own editors put a drawing, so a category
-holds pictures that mean the same and look very different.
+holds drawings that mean the same and look very different.
 
 Source: the Open Clip Art Library as packaged by Debian, `{package}`.
 Licence: public domain (text below and in `LICENSE`).
 
 Layout: `train/<category>/<name>.webp` and `val/<category>/<name>.webp`.  `index.csv`
-has one row a picture: path, label, split, near-duplicate group, path in the source.
+has one row a drawing: path, label, split, near-duplicate group, path in the source.
 
 ## Rebuild
 
@@ -179,26 +179,26 @@ Made from these folders of the collection, sub-folders included (left out: {skip
 
 {folders}
 
-## Pictures left out
+## Drawings left out
 
 {dropped}
 
 A copy that lies in two categories is left out of both, unless one of its folders
 contains the other: then the inner folder gives the label (a road sign stored in both
 `transportation` and `transportation/roadsigns` is a sign).  `unsorted` is not used.
-The cap keeps the pictures with the smallest seeded hash of their path.
+The cap keeps the drawings with the smallest seeded hash of their path.
 
-The labels are the editors' own and were not corrected: a few pictures are misfiled (a
+The labels are the editors' own and were not corrected: a few drawings are misfiled (a
 padlock among the animals, four houses among the computers).
 
-## How a picture is made
+## How a drawing is made
 
 Transparency is flattened on white, the empty border trimmed, the drawing padded with
 white to a square, resized (Lanczos) to {size} px and saved as WebP, quality {quality}.
 
 ## Near duplicates
 
-Many drawings come in variants.  Two pictures are linked where either
+Many drawings come in variants.  Two drawings are linked where either
 
 * they look alike, also in mirror image: perceptual hashes at most {strict[0]} (pHash) and
   {strict[1]} (dHash) of 64 bits apart, and grey {thumb} x {thumb} thumbnails correlated
@@ -207,10 +207,10 @@ Many drawings come in variants.  Two pictures are linked where either
 * they are of one category and their file names differ only in numbers and in words
   such as `bw` or a colour.
 
-Connected pictures are one group, and a group is always wholly in `train` or wholly in
+Connected drawings are one group, and a group is always wholly in `train` or wholly in
 `val`, also where it reaches over two categories; within that, every category is split
-about 70 to 30.  There are {groups} groups of two or more pictures, with {grouped}
-pictures in them; the largest has {largest}; {crossing} reach over two categories.
+about 70 to 30.  There are {groups} groups of two or more drawings, with {grouped}
+drawings in them; the largest has {largest}; {crossing} reach over two categories.
 
 ## Licence text
 
@@ -218,8 +218,8 @@ pictures in them; the largest has {largest}; {crossing} reach over two categorie
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture on its way from the source to the written folder."""
+class Drawing:
+    """One drawing on its way from the source to the written folder."""
 
     source: str
     label: str
@@ -237,7 +237,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Looks:
-    """What is compared of many pictures, one row a picture."""
+    """What is compared of many drawings, one row a drawing."""
 
     phash: np.ndarray
     dhash: np.ndarray
@@ -258,7 +258,7 @@ def owning_folder(source: str) -> str:
     return max((f for f in folders if inside(source, f)), key=len)
 
 
-def find_pictures(root: Path) -> list[Picture]:
+def find_drawings(root: Path) -> list[Drawing]:
     """List the PNG files of the chosen folders, labelled, in order of path."""
     label_of = {f: label for label, folders in CATEGORIES.items() for f in folders}
     found = set()
@@ -271,11 +271,11 @@ def find_pictures(root: Path) -> list[Picture]:
             )
         found |= {p.relative_to(root).as_posix() for p in (root / folder).rglob("*.png")}
     kept = sorted(s for s in found if not any(inside(s, f) for f in SKIPPED))
-    return [Picture(source, label_of[owning_folder(source)]) for source in kept]
+    return [Drawing(source, label_of[owning_folder(source)]) for source in kept]
 
 
 def flatten(path: Path) -> Image.Image:
-    """Read a picture and put it on white."""
+    """Read a drawing and put it on white."""
     with Image.open(path) as image:
         drawing = image.convert("RGBA")
     page = Image.new("RGBA", drawing.size, "white")
@@ -308,39 +308,39 @@ def fit_square(image: Image.Image, size: int) -> Image.Image:
     return page.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def draw(picture: Picture, root: Path, size: int) -> Picture:
-    """Make the WebP file of one picture, or name the reason why not."""
+def draw(drawing: Drawing, root: Path, size: int) -> Drawing:
+    """Make the WebP file of one drawing, or name the reason why not."""
     try:
-        image = flatten(root / picture.source)
+        image = flatten(root / drawing.source)
     except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError):
-        return replace(picture, problem="unreadable")
+        return replace(drawing, problem="unreadable")
     box = content_box(image)
     if box is None:
-        return replace(picture, problem="blank")
+        return replace(drawing, problem="blank")
     if max(box[2] - box[0], box[3] - box[1]) < MIN_SIDE:
-        return replace(picture, problem="small")
-    if picture.source in BROKEN or is_broken(image):
-        return replace(picture, problem="broken")
+        return replace(drawing, problem="small")
+    if drawing.source in BROKEN or is_broken(image):
+        return replace(drawing, problem="broken")
     square = fit_square(image.crop(box), size)
     if np.asarray(square.convert("L")).std() < MIN_SPREAD:
-        return replace(picture, problem="blank")
+        return replace(drawing, problem="blank")
     buffer = io.BytesIO()
     square.save(buffer, "WEBP", quality=QUALITY, method=4)
-    return replace(picture, data=buffer.getvalue())
+    return replace(drawing, data=buffer.getvalue())
 
 
 def in_parallel(work: Callable, items: Sequence, workers: int, title: str) -> list:
     """Map over processes, in order, with a progress bar."""
     with Pool(workers) as pool:
         results = pool.imap(work, items, chunksize=8)
-        return list(tqdm(results, total=len(items), desc=title, unit="picture"))
+        return list(tqdm(results, total=len(items), desc=title, unit="drawing"))
 
 
 # --- choosing ------------------------------------------------------------------
 
 
-def settle_copies(copies: Sequence[Picture]) -> list[Picture]:
-    """Keep one of several equal pictures, or none where the label is in doubt."""
+def settle_copies(copies: Sequence[Drawing]) -> list[Drawing]:
+    """Keep one of several equal drawings, or none where the label is in doubt."""
     folders = {owning_folder(p.source) for p in copies}
     inner = {f for f in folders if not any(g != f and inside(g, f) for g in folders)}
     candidates = [p for p in copies if owning_folder(p.source) in inner]
@@ -350,11 +350,11 @@ def settle_copies(copies: Sequence[Picture]) -> list[Picture]:
     return [p if p is first else replace(p, problem="copy") for p in copies]
 
 
-def drop_copies(pictures: Iterable[Picture]) -> list[Picture]:
+def drop_copies(drawings: Iterable[Drawing]) -> list[Drawing]:
     """Mark exact copies, told by the bytes of the finished file."""
-    same: dict[bytes, list[Picture]] = defaultdict(list)
-    for picture in pictures:
-        same[picture.data or picture.source.encode()].append(picture)
+    same: dict[bytes, list[Drawing]] = defaultdict(list)
+    for drawing in drawings:
+        same[drawing.data or drawing.source.encode()].append(drawing)
     settled = (settle_copies(copies) if copies[0].data else copies for copies in same.values())
     return sorted(chain.from_iterable(settled), key=lambda p: p.source)
 
@@ -364,16 +364,16 @@ def seeded(seed: int, text: str) -> str:
     return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
 
 
-def cap_classes(pictures: Iterable[Picture], seed: int) -> list[Picture]:
-    """Mark the pictures over the cap of their category."""
+def cap_classes(drawings: Iterable[Drawing], seed: int) -> list[Drawing]:
+    """Mark the drawings over the cap of their category."""
     taken: Counter[str] = Counter()
     chosen = []
-    for picture in sorted(pictures, key=lambda p: seeded(seed, p.source)):
-        if not picture.problem:
-            taken[picture.label] += 1
-            if taken[picture.label] > CAP:
-                picture = replace(picture, problem="cap")
-        chosen.append(picture)
+    for drawing in sorted(drawings, key=lambda p: seeded(seed, p.source)):
+        if not drawing.problem:
+            taken[drawing.label] += 1
+            if taken[drawing.label] > CAP:
+                drawing = replace(drawing, problem="cap")
+        chosen.append(drawing)
     return sorted(chosen, key=lambda p: p.source)
 
 
@@ -381,20 +381,20 @@ def slug(source: str) -> str:
     """Turn a source file's name into a safe lower-case ASCII name."""
     stem = unicodedata.normalize("NFKD", PurePosixPath(source).stem)
     plain = stem.encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "_", plain).strip("_") or "picture"
+    return re.sub(r"[^a-z0-9]+", "_", plain).strip("_") or "drawing"
 
 
-def give_names(pictures: Iterable[Picture]) -> list[Picture]:
-    """Give each picture a file name that is its own in its category."""
+def give_names(drawings: Iterable[Drawing]) -> list[Drawing]:
+    """Give each drawing a file name that is its own in its category."""
     used: set[tuple[str, str]] = set()
     named = []
-    for picture in pictures:
-        name, number = slug(picture.source), 1
-        while (picture.label, name) in used:
+    for drawing in drawings:
+        name, number = slug(drawing.source), 1
+        while (drawing.label, name) in used:
             number += 1
-            name = f"{slug(picture.source)}-{number}"
-        used.add((picture.label, name))
-        named.append(replace(picture, name=f"{name}.webp"))
+            name = f"{slug(drawing.source)}-{number}"
+        used.add((drawing.label, name))
+        named.append(replace(drawing, name=f"{name}.webp"))
     return named
 
 
@@ -416,13 +416,13 @@ def look_at(data: bytes) -> list[Look]:
 
 
 def stack(looks: Sequence[Look]) -> Looks:
-    """Put the looks of many pictures into arrays."""
+    """Put the looks of many drawings into arrays."""
     phashes, dhashes, thumbs = zip(*looks)
     return Looks(np.array(phashes, np.uint64), np.array(dhashes, np.uint64), np.stack(thumbs))
 
 
 def alike(ours: Looks, theirs: Looks, akin: np.ndarray) -> np.ndarray:
-    """Tell for every pair of pictures whether all three measures agree."""
+    """Tell for every pair of drawings whether all three measures agree."""
     phash = np.bitwise_count(ours.phash[:, None] ^ theirs.phash[None])
     dhash = np.bitwise_count(ours.dhash[:, None] ^ theirs.dhash[None])
     corr = ours.thumb @ theirs.thumb.T
@@ -444,45 +444,45 @@ def family(source: str) -> str:
     return "_".join(w for w in words if w and w not in VARIANT_WORDS)
 
 
-def name_links(pictures: Sequence[Picture]) -> np.ndarray:
+def name_links(drawings: Sequence[Drawing]) -> np.ndarray:
     """Return the pairs of one category whose names tell variants of one drawing."""
     families: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for row, picture in enumerate(pictures):
-        if len(family(picture.source)) >= MIN_FAMILY_NAME:
-            families[picture.label, family(picture.source)].append(row)
+    for row, drawing in enumerate(drawings):
+        if len(family(drawing.source)) >= MIN_FAMILY_NAME:
+            families[drawing.label, family(drawing.source)].append(row)
     pairs = [(rows[0], row) for rows in families.values() for row in rows[1:]]
     return np.array(pairs, int).reshape(-1, 2)
 
 
-def near_links(pictures: Sequence[Picture], workers: int) -> np.ndarray:
+def near_links(drawings: Sequence[Drawing], workers: int) -> np.ndarray:
     """Return all pairs of near duplicates, by looks and by name."""
-    looks = in_parallel(look_at, [p.data for p in pictures], workers, "compare")
-    words = np.array([family(p.source).split("_")[0] or p.source for p in pictures])
-    return np.concatenate([visual_links(looks, words), name_links(pictures)])
+    looks = in_parallel(look_at, [p.data for p in drawings], workers, "compare")
+    words = np.array([family(p.source).split("_")[0] or p.source for p in drawings])
+    return np.concatenate([visual_links(looks, words), name_links(drawings)])
 
 
-def group(pictures: Sequence[Picture], workers: int) -> list[Picture]:
-    """Number the groups of near duplicates, single pictures included."""
-    links = near_links(pictures, workers)
-    graph = coo_array((np.ones(len(links)), links.T), shape=(len(pictures),) * 2)
+def group(drawings: Sequence[Drawing], workers: int) -> list[Drawing]:
+    """Number the groups of near duplicates, single drawings included."""
+    links = near_links(drawings, workers)
+    graph = coo_array((np.ones(len(links)), links.T), shape=(len(drawings),) * 2)
     _, numbers = connected_components(graph, directed=False)
-    return [replace(p, group=int(n)) for p, n in zip(pictures, numbers)]
+    return [replace(p, group=int(n)) for p, n in zip(drawings, numbers)]
 
 
-def split(pictures: Sequence[Picture], seed: int) -> list[Picture]:
+def split(drawings: Sequence[Drawing], seed: int) -> list[Drawing]:
     """Fill every category's validation side with whole groups, in seeded order."""
     members: dict[int, Counter[str]] = defaultdict(Counter)
-    for picture in pictures:
-        members[picture.group][picture.label] += 1
-    room = {label: round(VAL_SHARE * n) for label, n in Counter(p.label for p in pictures).items()}
-    first = {p.group: p.source for p in reversed(pictures)}
+    for drawing in drawings:
+        members[drawing.group][drawing.label] += 1
+    room = {label: round(VAL_SHARE * n) for label, n in Counter(p.label for p in drawings).items()}
+    first = {p.group: p.source for p in reversed(drawings)}
     val = set()
     for number in sorted(members, key=lambda n: seeded(seed, first[n])):
         if all(room[label] >= n for label, n in members[number].items()):
             val.add(number)
             for label, n in members[number].items():
                 room[label] -= n
-    return [replace(p, split="val" if p.group in val else "train") for p in pictures]
+    return [replace(p, split="val" if p.group in val else "train") for p in drawings]
 
 
 # --- writing -------------------------------------------------------------------
@@ -505,18 +505,18 @@ def count_table(paths: Iterable[str]) -> str:
     return table(["category", "train", "val", "all"], rows)
 
 
-def readme(pictures: Sequence[Picture], dropped: Counter[str], size: int) -> str:
+def readme(drawings: Sequence[Drawing], dropped: Counter[str], size: int) -> str:
     """Fill in the README from what was made."""
-    sizes = Counter(p.group for p in pictures)
+    sizes = Counter(p.group for p in drawings)
     labels = defaultdict(set)
-    for picture in pictures:
-        labels[picture.group].add(picture.label)
+    for drawing in drawings:
+        labels[drawing.group].add(drawing.label)
     several = [n for n in sizes.values() if n > 1]
     folders = (f"* {c}: {', '.join(f'`{f}`' for f in fs)}" for c, fs in CATEGORIES.items())
     rows = [[text, dropped[key]] for key, text in REASONS.items()]
     return README.format(
-        total=len(pictures), classes=len(CATEGORIES), size=size, package=PACKAGE,
-        counts=count_table(p.path for p in pictures), folders="\n".join(folders),
+        total=len(drawings), classes=len(CATEGORIES), size=size, package=PACKAGE,
+        counts=count_table(p.path for p in drawings), folders="\n".join(folders),
         skipped=", ".join(f"`{f}`" for f in SKIPPED), quality=QUALITY,
         dropped=table(["reason", "files"], [*rows, ["total", dropped.total()]]),
         strict=STRICT, loose=LOOSE, thumb=THUMB,
@@ -535,24 +535,24 @@ def clear(out: Path) -> None:
         shutil.rmtree(out / side, ignore_errors=True)
 
 
-def write(pictures: Sequence[Picture], dropped: Counter[str], out: Path, size: int) -> None:
-    """Write pictures, index, licence and README."""
+def write(drawings: Sequence[Drawing], dropped: Counter[str], out: Path, size: int) -> None:
+    """Write drawings, index, licence and README."""
     clear(out)
-    for picture in pictures:
-        target = out / picture.path
+    for drawing in drawings:
+        target = out / drawing.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(picture.data)
+        target.write_bytes(drawing.data)
     with open(out / "index.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["path", "label", "split", "group", "source"])
-        rows.writerows(sorted((p.path, p.label, p.split, p.group, p.source) for p in pictures))
+        rows.writerows(sorted((p.path, p.label, p.split, p.group, p.source) for p in drawings))
     (out / "LICENSE").write_text(LICENCE, encoding="utf-8")
-    (out / "README.md").write_text(readme(pictures, dropped, size), encoding="utf-8")
+    (out / "README.md").write_text(readme(drawings, dropped, size), encoding="utf-8")
 
 
 def build(source: Path, out: Path, size: int, seed: int, workers: int) -> None:
     """Make the whole set."""
-    found = find_pictures(source)
+    found = find_drawings(source)
     drawn = in_parallel(partial(draw, root=source, size=size), found, workers, "draw")
     settled = cap_classes(drop_copies(drawn), seed)
     dropped = Counter(p.problem for p in settled if p.problem)
@@ -563,7 +563,7 @@ def build(source: Path, out: Path, size: int, seed: int, workers: int) -> None:
 # --- checking ------------------------------------------------------------------
 
 
-def read_back(out: Path) -> list[Picture]:
+def read_back(out: Path) -> list[Drawing]:
     """Read the written folder, and check that it and the index agree."""
     if not (out / "index.csv").is_file():
         raise SystemExit(f"{out} has no index.csv. Build the set first, without --verify.")
@@ -572,7 +572,7 @@ def read_back(out: Path) -> list[Picture]:
     files = {p.relative_to(out).as_posix() for p in out.glob("*/*/*")}
     check(files == {row["path"] for row in rows}, "index.csv and the files differ")
     return [
-        Picture(row["source"], row["label"], (out / row["path"]).read_bytes(),
+        Drawing(row["source"], row["label"], (out / row["path"]).read_bytes(),
                 name=Path(row["path"]).name, group=int(row["group"]), split=row["split"])
         for row in rows
     ]  # fmt: skip
@@ -595,20 +595,20 @@ def unreadable(data: bytes) -> bool:
 
 def verify(out: Path, workers: int) -> None:
     """Recompute hashes from the written files and check every promise."""
-    pictures = read_back(out)
-    bad = [p.path for p in pictures if unreadable(p.data)]
+    drawings = read_back(out)
+    bad = [p.path for p in drawings if unreadable(p.data)]
     check(not bad, f"unreadable: {', '.join(bad)}")
-    check(len({p.data for p in pictures}) == len(pictures), "two files are equal")
-    for one, other in near_links(pictures, workers):
-        a, b = pictures[one], pictures[other]
+    check(len({p.data for p in drawings}) == len(drawings), "two files are equal")
+    for one, other in near_links(drawings, workers):
+        a, b = drawings[one], drawings[other]
         check(a.split == b.split, f"near duplicates {a.path} and {b.path} straddle the split")
         check(a.group == b.group, f"near duplicates {a.path} and {b.path} are in two groups")
-    sides = {(p.group, p.split) for p in pictures}
-    check(len(sides) == len({p.group for p in pictures}), "a group is on both sides")
-    counts = count_table(p.path for p in pictures)
+    sides = {(p.group, p.split) for p in drawings}
+    check(len(sides) == len({p.group for p in drawings}), "a group is on both sides")
+    counts = count_table(p.path for p in drawings)
     check(counts in (out / "README.md").read_text(encoding="utf-8"), "the README's counts differ")
     check((out / "LICENSE").read_text(encoding="utf-8") == LICENCE, "the LICENSE differs")
-    print(f"{len(pictures)} pictures: readable, distinct, no near duplicates across the split.")
+    print(f"{len(drawings)} drawings: readable, distinct, no near duplicates across the split.")
 
 
 def main() -> None:
@@ -616,7 +616,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, default=SOURCE, help="folder of the PNG collection")
     parser.add_argument("--out", type=Path, default=HERE / "openclipart", help="folder to write")
-    parser.add_argument("--size", type=int, default=224, help="side of a picture in pixels")
+    parser.add_argument("--size", type=int, default=224, help="side of a drawing in pixels")
     parser.add_argument("--seed", type=int, default=0, help="seed of the cap and of the split")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--verify", action="store_true", help="check a folder that was built")

@@ -12,14 +12,18 @@ from dataclasses import replace
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from .runs.cost import config_cost, preview
-from .runs.config import Config, make_backbone, make_data, make_model, parse_command
-from .data.images import Data, EvalBatches, PictureDataset, make_loader
-from .training.evaluate import evaluate, format_table, report_metrics
-from .training.finetune import VisualTrainer, make_visual_model
-from .training.metrics import ALPHAS
+from .core.console import say
+from .core.distributed import main_first, on_main, restarted, Runtime, start_runtime
+from .core.errors import command, InputError
+from .data.batches import EvalBatches, make_loader, PictureDataset
+from .data.splits import Data
 from .models.llb import LLB
-from .core.distributed import InputError, Runtime, command, main_first, on_main, restarted, say, start_runtime
+from .runs.build import make_backbone, make_data, make_model
+from .runs.config import Config, parse_command
+from .runs.cost import config_cost, preview
+from .training.evaluate import evaluate, format_table, report_metrics
+from .training.finetune import make_visual_model, VisualTrainer
+from .training.metrics import ALPHAS
 from .training.trainer import Trainer
 
 # %% ../nbs/90_train.ipynb #cc88300e

@@ -12,12 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 import llb.data.unreadable
-from llb.models.backbone import load_backbone
-from llb.data.images import EvalBatches, decode
-from llb.training.evaluate import evaluate
-from llb.training.metrics import Scores, measure
-from llb.models.llb import LLB, LLBLoss, batch_totals
 from llb.core.distributed import start_runtime
+from llb.data.batches import EvalBatches
+from llb.data.images import decode
+from llb.models.backbone import load_backbone
+from llb.models.llb import LLB
+from llb.models.loss import batch_totals, LLBLoss
+from llb.training.evaluate import evaluate
+from llb.training.metrics import measure, Scores
 
 B, C, N = 12, 3, 11
 

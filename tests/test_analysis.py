@@ -11,18 +11,22 @@ from sklearn.metrics import mutual_info_score
 from torch import nn
 from torch.utils.data import Dataset
 
-from llb.analysis.index import (association, branch_agreement, build_index, exemplars, index_run, index_scores, load_run, object_table,
-                          open_index, partners, pictures_with, summarise)
-from llb.models.backbone import load_backbone
-from llb.runs.config import Config, make_backbone, make_data, make_model
-from llb.data.images import EvalBatches, PictureDataset, load_data, make_loader
-from llb.analysis.effects import (area, attribution, build_effects, class_effects, effects_of_run, faithfulness, label_logits, mean_embedding,
-                         occlusion, open_effects)
-from llb.models.token_cache import FeatureDataset, build_store
-from llb.training.metrics import measure
-from llb.models.llb import LLB
-from llb.core.distributed import InputError, Runtime
+from llb.analysis.effects import (area, attribution, build_effects, class_effects, effects_of_run, faithfulness,
+                                  label_logits, mean_embedding, occlusion, open_effects)
+from llb.analysis.index import build_index, index_run, load_run, open_index
 from llb.analysis.similarity import match_objects, moved_pairs, similarity
+from llb.analysis.usage import (association, branch_agreement, exemplars, index_scores, object_table, partners,
+                                pictures_with, summarise)
+from llb.core.distributed import Runtime
+from llb.core.errors import InputError
+from llb.data.batches import EvalBatches, make_loader, PictureDataset
+from llb.data.splits import load_data
+from llb.models.backbone import load_backbone
+from llb.models.llb import LLB
+from llb.models.token_cache import build_store, FeatureDataset
+from llb.runs.build import make_backbone, make_data, make_model
+from llb.runs.config import Config
+from llb.training.metrics import measure
 
 CLIPART = load_data(Path(__file__).parent.parent / "data" / "openclipart").val
 RUNTIME = Runtime(torch.device("cpu"))
@@ -79,7 +83,7 @@ def test_counts_are_those_of_loops(index):
     labels = np.array(PICTURES.labels)
     assert np.array_equal(index.rows["first"][:], IDS) and index.grid == (H, W)
     for k in range(K):
-        assert index.patches[k] == (IDS == k).sum() and index.images[k] == (IDS == k).any(1).sum()
+        assert index.patches[k] == (IDS == k).sum() and index.image_counts[k] == (IDS == k).any(1).sum()
         for j in range(K): assert index.together[k, j] == ((IDS == k).any(1) & (IDS == j).any(1)).sum()
         for c in range(C):
             assert index.class_patches[c, k] == (IDS[labels == c] == k).sum()

@@ -7,16 +7,17 @@ import torch
 from PIL import Image
 from sklearn.metrics import (adjusted_mutual_info_score, adjusted_rand_score, completeness_score, homogeneity_score, mutual_info_score)
 
-from llb.analysis.index import look
 from llb.analysis.attention import attention_maps, class_attention, over_objects, rollout
-from llb.models.backbone import BackboneOutput
-from llb.data.images import Pictures
-from llb.analysis.exemplars import Exemplars, PatchSample, at_quantile
-from llb.analysis.masks import best_overlap, contingency, foreground_ari, information, mask_scores, masks_on_patches, miou_hungarian, miou_many_to_one, pnmi
-from llb.models.llb import LLBHead
-from llb.core.distributed import InputError
+from llb.analysis.exemplars import at_quantile, Exemplars, PatchSample
+from llb.analysis.index import look
+from llb.analysis.masks import (best_overlap, contingency, foreground_ari, information, mask_scores, masks_on_patches,
+                                miou_hungarian, miou_many_to_one, pnmi)
 from llb.analysis.scenes import cut_out, make_scenes
 from llb.analysis.similarity import match_table
+from llb.core.errors import InputError
+from llb.data.images import Pictures
+from llb.models.backbone import BackboneOutput
+from llb.models.llb import LLBHead
 
 RNG = np.random.default_rng(3)
 REGIONS = RNG.integers(-1, 4, (20, 30))
@@ -123,10 +124,10 @@ def test_stability_of_half_a_dictionary():
 
 def test_scenes_say_what_every_pixel_is(tmp_path):
     for c, colour in zip("abcd", [(200, 0, 0), (0, 160, 0), (0, 0, 200), (90, 90, 0)]):
-        picture = np.full((60, 60, 3), 255, np.uint8)
-        picture[12:48, 15:45] = colour
-        picture[25:32, 26:33] = 255   # a white shirt
-        Image.fromarray(picture).save(tmp_path / f"{c}.png")
+        drawn = np.full((60, 60, 3), 255, np.uint8)
+        drawn[12:48, 15:45] = colour
+        drawn[25:32, 26:33] = 255   # a white shirt
+        Image.fromarray(drawn).save(tmp_path / f"{c}.png")
     pictures = Pictures(tmp_path, tuple(f"{c}.png" for c in "abcd"), (0, 1, 2, 3), tuple("abcd"), tuple("abcd"))
     assert cut_out(np.asarray(pictures.open(0)))[28, 29] and not cut_out(np.asarray(pictures.open(0)))[5, 5]
     for kind in "white", "flat", "noise":

@@ -7,9 +7,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from llb.models.backbone import FOCUS_NAME, load_backbone
+from llb.core.errors import InputError
+from llb.models.backbone import load_backbone
+from llb.models.weights import FOCUS_NAME
 from llb.models.zoo import METHODS
-from llb.core.distributed import InputError
 
 # name, prefix tokens, patch: class token, none, registers only, both, distillation token, rotary and relative positions, CNN stem, parallel blocks
 FAMILIES = [

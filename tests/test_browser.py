@@ -27,7 +27,7 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
          "--disable-component-update", "--disable-sync"]
 VIEW = {"width": 1280, "height": 1000}
 TINY = """
-from llb import Config
+from llb.runs.config import Config
 from llb.runs.processes import attach, start
 from llb.apps.monitor import RunMonitor
 config = Config(backbone="test_vit.r160_in1k", random_trunk=True, image_size=64, num_objects=8, num_layers=2, target_layer=2, epochs={epochs}, batch_size=64,

@@ -38,7 +38,7 @@ def explore(lab, run, *more, name="a.ipynb"):  # noqa: F811
     """Open a notebook with an explorer; the explorer's parts."""
     here = lab.folder / "runs" / run.name
     if not here.exists(): shutil.copytree(run, here)
-    write_notebook(lab.folder / name, f"from llb import Explorer\nExplorer('runs/{run.name}')", *more)
+    write_notebook(lab.folder / name, f"from llb.apps.explorer import Explorer\nExplorer('runs/{run.name}')", *more)
     lab.open(name)
     lab.run_all()
     picker = lab.panel.locator(".llb-picker")
@@ -158,7 +158,7 @@ def test_from_a_click_to_an_exported_gallery(lab, run):  # noqa: F811
     assert "&lt;b&gt;sky" in page and "<b>sky" not in page
     lab.shot("exported")
 
-    write_notebook(lab.folder / "b.ipynb", "from llb import Explorer\nExplorer('runs/tiny')")   # another kernel
+    write_notebook(lab.folder / "b.ipynb", "from llb.apps.explorer import Explorer\nExplorer('runs/tiny')")   # another kernel
     lab.open("b.ipynb")
     lab.run_all()
     lab.panel.locator(".llb-picker").wait_for(timeout=90_000)
@@ -251,7 +251,7 @@ def test_a_click_takes_less_than_a_blink(lab, tmp_path):  # noqa: F811
     "50,000 pictures, K = 2,048, 1,000 classes: from the mouse to the numbers, and to the gallery, in the page."
     from explorer import synthetic_index
     index = synthetic_index(tmp_path / "big/index")
-    write_notebook(lab.folder / "a.ipynb", f"from llb import Explorer\nfrom llb.analysis.index import open_index\nExplorer(open_index({str(tmp_path / 'big/index')!r}))")
+    write_notebook(lab.folder / "a.ipynb", f"from llb.apps.explorer import Explorer\nfrom llb.analysis.index import open_index\nExplorer(open_index({str(tmp_path / 'big/index')!r}))")
     lab.open("a.ipynb")
     lab.run_all()
     lab.panel.locator(".llb-picker").wait_for(timeout=90_000)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import flags
 
+from llb.core.errors import InputError
 from llb.runs import checkpoints
 from llb.runs.checkpoints import load_checkpoint, load_newest, prune_checkpoints, save_checkpoint
-from llb.core.distributed import InputError
 
 FILES = ("state.safetensors", "state.json", "manifest.json")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llb.runs.config import RECIPES, Config, parse_command, recipe_file
+from llb.core.errors import InputError
+from llb.runs.config import Config, parse_command, recipe_file, RECIPES
 from llb.runs.release_flags import translate
-from llb.core.distributed import InputError
 
 ROOT = Path(__file__).parent.parent
 

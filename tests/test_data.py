@@ -16,10 +16,13 @@ import torch
 from conftest import draw, make_pictures
 from PIL import Image
 
-from llb.runs.config import Config, make_data
+from llb.core.errors import InputError
+from llb.data.batches import make_loader, PictureDataset, TrainBatches
+from llb.data.images import CorruptPicture, decode, scan_folder
+from llb.data.splits import check_labels, load_data
 from llb.data.unreadable import find_corrupt, known_corrupt, without_corrupt
-from llb.data.images import CorruptPicture, PictureDataset, TrainBatches, check_labels, decode, load_data, make_loader, scan_folder
-from llb.core.distributed import InputError
+from llb.runs.build import make_data
+from llb.runs.config import Config
 
 CLIPART = Path(__file__).parent.parent / "data" / "openclipart"
 
@@ -281,7 +284,7 @@ def test_fingerprint_sees_names_labels_and_sizes(tmp_path):
 WITH_WORKERS = """
 import os, signal, sys, time
 from pathlib import Path
-from llb.data.images import PictureDataset, TrainBatches, make_loader, scan_folder
+from llb.data.batches import PictureDataset, TrainBatches, make_loader; from llb.data.images import scan_folder
 def slow(picture): time.sleep(.05); return 0
 loader = make_loader(PictureDataset(scan_folder(sys.argv[1]), slow), TrainBatches(60, 2, 0), workers=2)
 batches = iter(loader)

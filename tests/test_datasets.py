@@ -10,11 +10,11 @@ from PIL import Image
 from timm.data import RealLabelsImagenet
 from torchvision.datasets import ImageFolder
 
-from llb.data.images import Pictures
+from llb.core.errors import InputError
 from llb.data.datasets import load_dataset, real_labels
+from llb.data.images import Pictures
 from llb.training.evaluate import format_table, report_metrics
 from llb.training.metrics import ALPHAS, Scores, set_accuracy
-from llb.core.distributed import InputError
 
 SYNSETS = (files("timm.data") / "_info" / "imagenet_synsets.txt").read_text().split()
 

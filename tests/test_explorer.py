@@ -12,16 +12,22 @@ import torch
 from conftest import peak_memory
 from matplotlib.colors import to_rgb
 
-from llb import LLB, Explorer, load_backbone
-from llb.analysis.index import build_index, open_index
-from llb.models.backbone import Preprocessing
-from llb.plots.style import OKABE_ITO
-from llb.data.images import EvalBatches, PictureDataset, Pictures, load_data, make_loader
 from llb.analysis.effects import build_effects
+from llb.analysis.index import build_index, open_index
+from llb.apps.catalog import (Catalog, cell_pictures, draw_class, elsewhere, find_objects, object_html, objects_of,
+                              predictions)
+from llb.apps.explorer import Explorer
 from llb.apps.html import Album, gallery_page
+from llb.core.distributed import Runtime
+from llb.core.errors import InputError
+from llb.data.batches import EvalBatches, make_loader, PictureDataset
+from llb.data.images import Pictures
+from llb.data.preprocessing import Preprocessing
+from llb.data.splits import load_data
+from llb.models.backbone import load_backbone
+from llb.models.llb import LLB
 from llb.plots.maps import GREYS, MAX_OPACITY
-from llb.core.distributed import InputError, Runtime
-from llb.apps.catalog import Catalog, cell_pictures, draw_class, elsewhere, find_objects, object_html, objects_of, predictions
+from llb.plots.style import OKABE_ITO
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 CLIPART = load_data(Path(__file__).parent.parent / "data/openclipart").val

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from llb.core.errors import InputError
+from llb.core.files import write_json
 from llb.runs.config import Config
-from llb.runs.processes import STAGES, Run, attach, main, runs, start
 from llb.runs.launchers import MARK, Slurm
-from llb.runs.folder import write_json
-from llb.core.distributed import InputError
+from llb.runs.processes import attach, main, Run, runs, STAGES, start
 
 pytestmark = pytest.mark.slow
 TINY = dict(backbone="test_vit.r160_in1k", random_trunk=True, image_size=32, num_objects=8, num_layers=2, target_layer=2, epochs=2000, batch_size=64,

@@ -16,7 +16,7 @@ PROGRAM = "import sys\nfrom llb import train\nfrom test_many_machines import die
 def die_once():
     "In the training process: on the machine that is to die, agent and process go at once, in step 9."
     if "LLB_TEST_DIES" not in os.environ: return
-    from llb.training.trainer import TrainStep
+    from llb.training.step import TrainStep
     call = TrainStep.__call__
     def step(self, batch, n, epoch):
         if n == 9:

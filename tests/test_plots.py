@@ -10,10 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from llb.core.errors import InputError
 from llb.plots import charts, maps as plots
+from llb.plots.maps import colour_of, GREYS, MAX_OPACITY, object_colours, pale
 from llb.plots.style import OKABE_ITO, to_png
-from llb.plots.maps import GREYS, MAX_OPACITY, colour_of, object_colours, pale
-from llb.core.distributed import InputError
 
 RNG = np.random.default_rng(0)
 GRIDS = [(3, 5, 16), (3, 5, 14), (7, 2, 14), (1, 4, 16), (6, 6, 8)]  # h, w, patch

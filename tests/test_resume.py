@@ -27,7 +27,7 @@ def kill_now(): os.kill(os.getpid(), signal.SIGKILL)
 
 def at_step(number, what, after):
     "Kill, or send a signal, before or after a step."
-    from llb.training.trainer import TrainStep
+    from llb.training.step import TrainStep
     call = TrainStep.__call__
     def step(self, batch, n, epoch):
         if n == number and not after: os.kill(os.getpid(), what)
@@ -155,7 +155,7 @@ def test_a_second_signal_does_not_spoil_the_save(pictures, tmp_path, forked, wan
 
 
 def touch_stop(folder, number):
-    from llb.training.trainer import TrainStep
+    from llb.training.step import TrainStep
     call = TrainStep.__call__
     def step(self, batch, n, epoch):
         if n == number: Path(folder, "stop").touch()
@@ -229,7 +229,7 @@ def test_a_process_that_never_joins(pictures, tmp_path, start):
 
 def seen_pictures(folder):
     "In the training process: write which pictures each step sees."
-    from llb.training.trainer import TrainStep
+    from llb.training.step import TrainStep
     call = TrainStep.__call__
     def step(self, batch, n, epoch):
         with open(Path(folder) / f"seen.{os.environ.get('RANK', 0)}.{os.getpid()}", "a") as f:
@@ -270,7 +270,7 @@ def both(folder, stop_after):
 def test_other_numbers_of_processes_see_the_same_pixels(pictures, tmp_path, forked):
     "Batches of 6: one process, two, and three; here of the batches themselves."
     from llb.models.backbone import load_backbone
-    from llb.data.images import PictureDataset, TrainBatches, load_data, make_loader
+    from llb.data.batches import PictureDataset, TrainBatches, make_loader; from llb.data.splits import load_data
     train, transform = load_data(pictures).train, load_backbone("test_vit", pretrained=False, image_size=32).transform(train=True)
     steps = {}
     for size in 1, 2, 3:

@@ -18,18 +18,25 @@ from test_train import equal, parameters, spoil_step
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
-from llb.training import trainer
+from llb.core.distributed import Runtime
+from llb.core.errors import InputError
 from llb.data.augment import RandAugment
-from llb.models.backbone import Preprocessing, load_backbone
-from llb.runs.config import Config, make_backbone, make_model
-from llb.data.images import PictureDataset, load_data, scan_folder
+from llb.data.batches import PictureDataset
+from llb.data.image_cache import all_pictures, build_pixels, PixelDataset, PixelStore
+from llb.data.images import scan_folder
+from llb.data.preprocessing import Geometry, Preprocessing
+from llb.data.splits import load_data
+from llb.models.backbone import load_backbone
+from llb.models.llb import LLB
+from llb.models.loss import batch_totals, LLBLoss
+from llb.models.objects import entropy, LatentObjects
 from llb.models.token_cache import store_layout
-from llb.models.llb import LLB, LLBLoss, batch_totals
-from llb.models.objects import LatentObjects, entropy
-from llb.data.image_cache import Geometry, PixelDataset, PixelStore, all_pictures, build_pixels
+from llb.runs.build import make_backbone, make_model
+from llb.runs.config import Config
 from llb.runs.folder import read_events
-from llb.core.distributed import InputError, Runtime
-from llb.training.trainer import TrainStep, check_resumable
+from llb.training import trainer
+from llb.training.step import TrainStep
+from llb.training.trainer import check_resumable
 
 HERE = Path(__file__).parent
 SMALL = dict(backbone="test_vit", random_trunk=True, image_size=32, num_layers=3, target_layer=3, batch_size=6, num_objects=16)
@@ -378,12 +385,12 @@ def test_a_trunk_in_bf16_keeps_its_name_and_can_be_saved(tmp_path):
     backbone = make_backbone(config, 3)
     assert backbone.dtype == torch.bfloat16
     model = make_model(config, backbone, 3).eval()
-    images = torch.randn(4, 3, 32, 32)
-    out = model(images)
+    batch = torch.randn(4, 3, 32, 32)
+    out = model(batch)
     model.save_pretrained(tmp_path)
     again = LLB.from_pretrained(tmp_path)
     assert again.backbone.content_hash() == backbone.content_hash() and again.backbone.dtype == torch.float32
-    assert far([out.label_logits, out.visual_logits.float()], [(w := again(images)).label_logits, w.visual_logits]) < .1
+    assert far([out.label_logits, out.visual_logits.float()], [(w := again(batch)).label_logits, w.visual_logits]) < .1
     assert torch.equal(again.backbone.trunk.blocks[0].mlp.fc1.weight, backbone.trunk.blocks[0].mlp.fc1.weight.float())
     save_file(again.backbone.trunk.state_dict(), tmp_path / "t.safetensors")   # a trunk that a file has keeps the name of that file's weights
     plain, half = (load_backbone("test_vit", tmp_path / "t.safetensors", image_size=32) for _ in range(2))

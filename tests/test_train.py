@@ -194,7 +194,7 @@ def test_bad_input_under_torchrun(pictures, tmp_path, train):
 
 def corrupt(data, split):
     "Damage one picture of a split; its path, and what mends it."
-    from llb.data.images import load_data
+    from llb.data.splits import load_data
     pictures = getattr(load_data(data), split)
     path = data / pictures.files[len(pictures) // 2]
     whole = path.read_bytes()
@@ -249,7 +249,7 @@ def test_weights_that_are_not_finite(pictures, tmp_path, forked):
 
 def spoil_step(number):
     "In the training process: the loss of one step is not a number."
-    from llb.training.trainer import TrainStep
+    from llb.training.step import TrainStep
     backward = TrainStep.backward
     def spoiled(self, features, label, totals, last):
         if self.optimizer.param_groups[0].get("steps_seen", 0) == number: features.tokens = features.tokens * float("nan")

@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import ViT_B_16_Weights, VisionTransformer, vit_b_16, vit_h_14, vit_l_16
 
+from llb.core.errors import InputError
 from llb.models.backbone import load_backbone
-from llb.core.distributed import InputError
 from llb.models.weights import layout_of, read_state_dict, to_timm
 
 NAME, SIZE, DIM, HEADS, DEPTH, CLASSES = "vit_tiny_patch16_224", 48, 192, 3, 12, 7   # a 3 x 3 grid

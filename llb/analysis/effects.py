@@ -16,11 +16,14 @@ from torch import Tensor
 from torch.nn.functional import softmax
 from torch.utils.data import DataLoader
 
-from .index import ObjectIndex, index_run, load_run
-from ..models.token_cache import features_of
-from ..models.llb import LLB, LLBHead
+from .index import index_run, load_run, ObjectIndex
 from ..core.arrays import Rows, RowWriter
-from ..core.distributed import InputError, Runtime, progress, seeded
+from ..core.console import progress
+from ..core.distributed import Runtime
+from ..core.errors import InputError
+from ..core.seeds import seeded
+from ..models.llb import LLB, LLBHead
+from ..training.inputs import features_of
 
 # %% ../../nbs/5_analysis/53_effects.ipynb #6b86c32c
 def label_logits(

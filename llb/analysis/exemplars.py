@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.distributed import InputError
+from ..core.errors import InputError
 
 # %% ../../nbs/5_analysis/50_exemplars.ipynb #005832d8
 @dataclass

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 from torch.nn.functional import adaptive_avg_pool2d, one_hot
 
-from ..core.distributed import InputError
+from ..core.errors import InputError
 
 # %% ../../nbs/5_analysis/55_masks.ipynb #4edbb56f
 def masks_on_patches(

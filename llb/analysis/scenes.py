@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import binary_erosion, label
 
+from ..core.errors import InputError
+from ..core.seeds import seed_from
 from ..data.images import Pictures
-from ..core.distributed import InputError, seed_from
 
 # %% ../../nbs/5_analysis/57_scenes.ipynb #83ab30d1
 WHITE = 240 # a pixel is white when its darkest channel is above

@@ -15,7 +15,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 
 from .index import ObjectIndex
 from .masks import contingency, iou
-from ..core.distributed import InputError
+from ..core.errors import InputError
 
 # %% ../../nbs/5_analysis/56_similarity.ipynb #9f81ee3d
 def cosines(

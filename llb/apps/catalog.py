@@ -16,16 +16,18 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..analysis.index import ObjectIndex, association, branch_agreement, exemplars, fused_probabilities, object_table, partners, pictures_with
-from ..plots.style import BLUE, GREEN, INK, OKABE_ITO, ORANGE, SMALL, decorate, plain_text
-from ..plots.charts import ranked_bars
 from ..analysis.effects import class_effects
 from ..analysis.exemplars import Exemplars, lots
-from .html import ROWS, Album, safe, table_html, tiles_of
-from ..plots.maps import draw_map, legend_entries, show_picture, top_objects
+from ..analysis.index import ObjectIndex
+from ..analysis.usage import (association, branch_agreement, exemplars, fused_probabilities, object_table, partners,
+                                pictures_with)
+from .html import Album, ROWS, safe, table_html, tiles_of
 from ..core.arrays import Rows
-from ..runs.folder import read_json, write_json
-from ..core.distributed import InputError
+from ..core.errors import InputError
+from ..core.files import read_json, write_json
+from ..plots.charts import ranked_bars
+from ..plots.maps import draw_map, legend_entries, show_picture, top_objects
+from ..plots.style import BLUE, decorate, GREEN, INK, OKABE_ITO, ORANGE, plain_text, SMALL
 
 # %% ../../nbs/8_apps/82_catalog.ipynb #b3836363
 @dataclass

@@ -17,17 +17,20 @@ import numpy as np
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
 
-from ..analysis.index import ObjectIndex, build_index
-from .widgets import PatchPicker, TileSheet
-from ..data.images import EvalBatches, PictureDataset, Pictures, make_loader
-from ..analysis.effects import EFFECTS_FILE, build_effects, effects_of_run, open_effects
-from ..models.llb import LLB
+from ..analysis.effects import build_effects, EFFECTS_FILE, effects_of_run, open_effects
+from ..analysis.index import build_index, ObjectIndex
+from .catalog import (Catalog, cell_pictures, draw_class, draw_disagreement, draw_object, draw_picture,
+                              find_objects, gallery_rows, KINDS, object_html, object_line, objects_of, open_notes,
+                              ORDERS, prediction_html, read_link, save_figure)
 from .html import gallery_page, picture_html, sheet, table_html, tiles_of
+from .widgets import PatchPicker, TileSheet
+from ..core.distributed import pick_device, Runtime
+from ..core.errors import InputError
+from ..core.files import read_json
+from ..data.batches import EvalBatches, make_loader, PictureDataset
+from ..data.images import Pictures
+from ..models.llb import LLB
 from ..plots.maps import colour_of, label_places, top_objects
-from ..runs.folder import read_json
-from ..core.distributed import InputError, Runtime, pick_device
-from .catalog import (KINDS, ORDERS, Catalog, cell_pictures, draw_class, draw_disagreement, draw_object, draw_picture, find_objects, gallery_rows,
-                       object_html, object_line, objects_of, open_notes, prediction_html, read_link, save_figure)
 
 # %% ../../nbs/8_apps/85_explorer.ipynb #45b3cef7
 def open_catalog(

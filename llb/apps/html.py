@@ -16,11 +16,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from ..analysis.index import ObjectIndex, exemplars
-from ..plots.style import INK, to_png
-from ..data.images import CorruptPicture
 from ..analysis.exemplars import Exemplars
+from ..analysis.index import ObjectIndex
+from ..analysis.usage import exemplars
+from ..data.images import CorruptPicture
 from ..plots.maps import crop_around
+from ..plots.style import INK, to_png
 
 # %% ../../nbs/8_apps/80_html.ipynb #24ac0a5e
 def safe(

@@ -18,16 +18,16 @@ from IPython.display import HTML, display
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
-from ..plots.style import INK, SMALL, plain_text
-from ..plots.charts import as_columns, plot_perplexity_over_time, plot_training_curves
-from ..runs.config import RECIPES, Config, recipe_file
-from ..data.datasets import dataset_name
-from ..training.evaluate import format_table
-from ..runs.processes import Run, RunFolder, State, attach, start
 from .html import picture_html
+from ..core.errors import InputError
+from ..core.files import read_json
+from ..data.datasets import dataset_name
+from ..plots.charts import as_columns, plot_perplexity_over_time, plot_training_curves
 from ..plots.maps import by_importance, draw_map, legend_entries, object_colours, show_picture
-from ..runs.folder import read_json
-from ..core.distributed import InputError
+from ..plots.style import INK, plain_text, SMALL
+from ..runs.config import Config, recipe_file, RECIPES
+from ..runs.processes import attach, Run, RunFolder, start, State
+from ..training.evaluate import format_table
 
 # %% ../../nbs/8_apps/84_monitor.ipynb #a08fa4bf
 def draw_curves(run:RunFolder)->Figure:

@@ -18,19 +18,26 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 from scipy.stats import binomtest
 
-from ..analysis.index import association, index_run, index_scores, summarise
-from ..plots.style import to_png
-from ..plots.charts import plot_agreement_table, plot_alpha_curve, plot_class_object_heatmap, plot_training_curves, plot_usage
-from ..runs.config import Config, make_data
-from ..data.images import Data, PictureDataset, Pictures
 from ..analysis.effects import effects_of_run
-from ..training.metrics import ALPHAS, measure
-from ..models.llb import LLB, LLBOutput
-from .html import object_card, page_html, picture_html, safe, table_html
-from ..plots.maps import plot_assignment_sheet
-from ..core.distributed import InputError, command, say, seed_from
-from ..runs.folder import read_events
+from ..analysis.index import index_run
+from ..analysis.usage import association, index_scores, summarise
 from .catalog import Catalog, classes_of, find_objects
+from .html import object_card, page_html, picture_html, safe, table_html
+from ..core.console import say
+from ..core.errors import command, InputError
+from ..core.seeds import seed_from
+from ..data.batches import PictureDataset
+from ..data.images import Pictures
+from ..data.splits import Data
+from ..models.llb import LLB, LLBOutput
+from ..plots.charts import (plot_agreement_table, plot_alpha_curve, plot_class_object_heatmap, plot_training_curves,
+                              plot_usage)
+from ..plots.maps import plot_assignment_sheet
+from ..plots.style import to_png
+from ..runs.build import make_data
+from ..runs.config import Config
+from ..runs.folder import read_events
+from ..training.metrics import ALPHAS, measure
 
 # %% ../../nbs/8_apps/86_report.ipynb #95975a38
 @dataclass

@@ -9,8 +9,8 @@ __all__ = ['PatchPicker', 'TileSheet']
 import anywidget
 import traitlets as t
 
+from ..core.errors import InputError
 from ..plots.maps import MAX_OPACITY
-from ..core.distributed import InputError
 
 # %% ../../nbs/8_apps/81_widgets.ipynb #114da49c
 _PICKER = """

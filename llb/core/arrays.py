@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .distributed import InputError
+from .errors import InputError
 
 # %% ../../nbs/0_core/05_arrays.ipynb #e4b9663c
 _CODES = {"bool": "BOOL", "uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64", "float16": "F16", "float32": "F32", "float64": "F64"}

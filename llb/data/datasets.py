@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from .images import Data, Pictures, check_labels, load_data, make_splits, scan_folder
-from ..core.distributed import InputError, say
+from ..core.console import say
+from ..core.errors import InputError
+from .images import Pictures, scan_folder
+from .splits import check_labels, Data, load_data, make_splits
 
 # %% ../../nbs/1_data/12_datasets.ipynb #243bd970
 def check_files(

@@ -10,9 +10,12 @@ import hashlib, json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .images import CorruptPicture, Data, decode
-from ..core.distributed import InputError, gather_objects, on_main, progress, rank, say, world_size
-from ..models.weights import cache_dir
+from ..core.console import progress, say
+from ..core.distributed import gather_objects, on_main, rank, world_size
+from ..core.errors import InputError
+from ..core.files import cache_dir
+from .images import CorruptPicture, decode
+from .splits import Data
 
 # %% ../../nbs/1_data/17_unreadable.ipynb #6982ac37
 def find_corrupt(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONFIG_FILE', 'WEIGHTS_FILE', 'TRUNK_FILE', 'fuse', 'LLBOutput', 'first_token', 'LLBHead', 'describe_trunk',
-           'read_trunk', 'Storage', 'LLB', 'BatchTotals', 'batch_totals', 'LossTerms', 'LLBLoss']
+           'read_trunk', 'Storage', 'LLB']
 
 # %% ../../nbs/2_models/24_llb.ipynb #8fe58e85
 import json
@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import Block, init_weights_vit_timm
 from timm.layers import LayerNorm
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention, softmax
+from torch.nn.functional import linear, scaled_dot_product_attention, softmax
 
-from .backbone import Backbone, BackboneOutput, backbone_from_state, load_backbone
-from .objects import LatentObjects, at_least_float32, entropy
-from ..core.distributed import InputError, sum_over_ranks, world_size
+from ..core.errors import InputError
+from .backbone import Backbone, backbone_from_state, BackboneOutput, load_backbone
+from .objects import at_least_float32, entropy, LatentObjects
 
 # %% ../../nbs/2_models/24_llb.ipynb #7aae0aad
 def fuse(
@@ -207,54 +207,3 @@ class LLB(nn.Module, Storage):
 
     @alpha.setter
     def alpha(self, value:float): self.head.alpha = self.settings["alpha"] = value
-
-# %% ../../nbs/2_models/24_llb.ipynb #81a22b0a
-@dataclass
-class BatchTotals:
-    "What one optimizer step averages over: all its images, on all processes and in all micro-batches."
-    num_images: Tensor       # B over everything; a scalar on the device, so that nobody waits for it
-    mean_assignment: Tensor  # [K], without gradient
-
-def batch_totals(
-    assignments:list[Tensor] # [B,N,K] of each micro-batch of this process, or their means [B,K]
-)->BatchTotals: # the same on every process
-    "Sum over micro-batches and processes; the one exchange the objective needs."
-    sums = sum((a.mean(1) if a.dim() == 3 else a).detach().sum(0) for a in assignments)
-    totals = sum_over_ranks(torch.cat([sums, sums.new_full((1,), sum(len(a) for a in assignments))]))
-    return BatchTotals(totals[-1], totals[:-1] / totals[-1])
-
-# %% ../../nbs/2_models/24_llb.ipynb #d1dcbc13
-@dataclass
-class LossTerms:
-    "The parts of the objective; scalars, in nats. Averaged over processes they are those of the whole batch."
-    loss: Tensor                       # what to minimise
-    cross_entropy: Tensor              # of the label-focused prediction
-    entropy: Tensor                    # H(mean a), the diversity term
-    patch_entropy: Tensor              # mean H(a); H(mean a) minus this is information about patches
-    visual_cross_entropy: Tensor|None  # of the visual head, only while it is being trained
-
-class LLBLoss(nn.Module):
-    "Cross-entropy of the label-focused prediction minus the weighted diversity of objects."
-    def __init__(self,
-        diversity_weight:float=0.5,   # of the entropy of the mean assignment
-        local_diversity:bool=False    # average per process and micro-batch, as the release does
-    ):
-        super().__init__()
-        self.diversity_weight, self.local_diversity = diversity_weight, local_diversity
-
-    def forward(self,
-        out:LLBOutput,
-        labels:Tensor,                 # [B] class indices
-        totals:BatchTotals|None=None   # of the whole step; None when this batch, over all processes, is the step
-    )->LossTerms:
-        means, patch_entropy = out.summary()
-        totals = totals or batch_totals([means])
-        scale = world_size() / totals.num_images   # a parallel wrapper averages gradients over processes
-        share = means.sum(0) * scale
-        mean = means.mean(0) if self.local_diversity else totals.mean_assignment + share - share.detach()
-        summed = lambda logits: cross_entropy(at_least_float32(logits), labels, reduction="sum") * scale
-        label_ce, diversity = summed(out.label_logits), entropy(mean)
-        trains_visual = out.visual_logits is not None and out.visual_logits.requires_grad
-        visual_ce = summed(out.visual_logits) if trains_visual else None
-        loss = label_ce - self.diversity_weight * diversity + (visual_ce if trains_visual else 0)
-        return LossTerms(loss, label_ce, diversity, patch_entropy.mean(1).sum() * scale, visual_ce)

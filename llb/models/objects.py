@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, softmax
 from timm.layers import trunc_normal_
 
-from ..core.distributed import InputError
+from ..core.errors import InputError
 
 # %% ../../nbs/2_models/23_objects.ipynb #1254be7e
 def at_least_float32(

@@ -9,10 +9,10 @@ __all__ = ['REFERENCE_FAMILIES', 'reference_name', 'reference_family', 'load_ref
 import re
 from pathlib import Path
 
+from ..core.errors import InputError
 from .backbone import backbone_from_state
 from .llb import LLB
-from ..core.distributed import InputError
-from .weights import StateDict, layout_of, read_state_dict, to_timm, unwrap_state
+from .weights import layout_of, read_state_dict, StateDict, to_timm, unwrap_state
 
 # %% ../../nbs/2_models/26_release.ipynb #f9018c90
 REFERENCE_FAMILIES = {"vit": "augreg", "mae": "mae", "swag": "swag"}   # the release's variants -> families of llb.models.zoo

@@ -9,7 +9,7 @@ __all__ = ['FAMILIES', 'METHODS', 'Family', 'Method', 'find_method', 'how_to_mak
 import difflib
 from dataclasses import dataclass, field
 
-from ..core.distributed import InputError
+from ..core.errors import InputError
 
 # %% ../../nbs/2_models/20_zoo.ipynb #3b58ca9e
 @dataclass(frozen=True)

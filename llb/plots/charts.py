@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .style import BLUE, GREEN, INK, ORANGE, SMALL, as_array, colour_bar, decorate, name_ticks, new_axes, plain_text
-from ..core.distributed import InputError
+from ..core.errors import InputError
+from .style import (as_array, BLUE, colour_bar, decorate, GREEN, INK, name_ticks, new_axes, ORANGE,
+                             plain_text, SMALL)
 
 # %% ../../nbs/6_plots/62_charts.ipynb #a49bce94
 STROKES = ("-", "--", "-.", ":")

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 
-from .style import HAIR, INK, OKABE_ITO, SMALL, as_array, as_picture, colour_bar, new_axes, plain_text
-from ..core.distributed import InputError
+from ..core.errors import InputError
+from .style import as_array, as_picture, colour_bar, HAIR, INK, new_axes, OKABE_ITO, plain_text, SMALL
 
 # %% ../../nbs/6_plots/61_maps.ipynb #e2ede64d
 GREYS = ("#e0e0e0", "#cacaca", "#f5f5f5", "#d5d5d5", "#ebebeb")

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..core.distributed import InputError
+from ..core.errors import InputError
 
 # %% ../../nbs/6_plots/60_style.ipynb #dbfbdccb
 def as_array(

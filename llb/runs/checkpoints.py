@@ -13,8 +13,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..core.distributed import InputError, say
-from ..models.weights import file_hash
+from ..core.console import say
+from ..core.errors import InputError
+from ..core.files import file_hash
 
 # %% ../../nbs/3_runs/36_checkpoints.ipynb #72cebdba
 def split_tensors(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'ModelOptions', 'DataOptions', 'OptimOptions', 'RunOptions', 'VisualOptions', 'Config', 'recipe_file',
-           'parse_command', 'list_data', 'make_data', 'make_backbone', 'make_model', 'load_trained']
+           'parse_command']
 
 # %% ../../nbs/3_runs/31_config.ipynb #1c5ec52c
 import argparse, json, sys
@@ -14,15 +14,9 @@ from typing import Literal
 
 import tyro
 
-from ..models.backbone import Backbone, load_backbone
-from ..data.unreadable import refuse_corrupt, without_corrupt
-from ..data.images import Data
-from ..data.datasets import load_dataset
-from .release_flags import translate
-from ..models.llb import LLB
-from ..models.release import load_reference_checkpoint
-from ..core.distributed import InputError, say
+from ..core.errors import InputError
 from ..models.weights import FOCUS_NAME
+from .release_flags import translate
 
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
@@ -207,48 +201,3 @@ def parse_command(
     base = start.recipe or start.config
     return tyro.cli(Config, args=translate(flags), prog=prog, default=Config.from_file(base) if base else None, use_underscores=True,
                     description="Train LLB on a frozen backbone. --recipe NAME or --config FILE (TOML, or a run's config.json) sets all values first.")
-
-# %% ../../nbs/3_runs/31_config.ipynb #29461f24
-def list_data(
-    config:DataOptions
-)->Data:
-    "The three splits a configuration names, readable or not. Raises `InputError` for missing or unsuitable folders."
-    return load_dataset(config.dataset, config.data_dir, config.class_num, config.selection_fraction, config.seed)
-
-def make_data(
-    config:DataOptions
-)->Data:
-    "The same, without pictures known to be unreadable: they are refused with `InputError`, or left out where that was asked for."
-    data = list_data(config)
-    if config.skip_corrupt:
-        data, reasons = without_corrupt(data)
-        say("\n".join([f"Left out {len(reasons)} unreadable pictures:", *reasons]) if reasons else "All pictures can be read.")
-    else: refuse_corrupt(data)
-    return data
-
-def make_backbone(config:ModelOptions, num_classes:int)->Backbone:
-    "The frozen trunk a configuration names; a random one is announced."
-    if config.random_trunk: say("WARNING: --random_trunk: the trunk is randomly initialised and knows nothing; its numbers mean nothing.")
-    backbone = load_backbone(config.backbone, config.checkpoint, num_classes, config.image_size, pretrained=not config.random_trunk)
-    return backbone.to_bfloat16() if config.trunk_dtype == "bfloat16" else backbone
-
-def make_model(config:ModelOptions, backbone:Backbone, num_classes:int)->LLB:
-    "The model a configuration describes, freshly initialised from torch's global seed."
-    model = LLB(backbone, config.num_objects, config.num_layers, config.target_layer, 0.5 if config.alpha is None else config.alpha,
-                config.temperature, num_classes, config.drop_path)
-    if config.nv_weights: load_trained(model, config.nv_weights)
-    return model
-
-def load_trained(
-    model:LLB,     # takes the weights
-    source:str     # a folder or repository of save_pretrained, or a checkpoint file of the release
-):
-    "Copy a trained head into a model. Raises `InputError` when it was trained on another trunk or has another shape."
-    if Path(source).is_file():
-        trained = load_reference_checkpoint(source, num_heads=model.backbone.num_heads, target_layer=model.target_layer,
-                                            alpha=model.alpha, temperature=model.settings["temperature"])
-        if trained.backbone.content_hash() != model.backbone.content_hash():
-            raise InputError(f"{source} was trained on another trunk ({trained.backbone.content_hash()}) than {model.backbone.name} ({model.backbone.content_hash()}).")
-    else: trained = LLB.from_pretrained(source, backbone=model.backbone)
-    try: model.head.load_state_dict(trained.head.state_dict())
-    except RuntimeError as e: raise InputError(f"{source} holds an LLB of another shape: {' '.join(str(e).split())[:300]}") from e

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.distributed import InputError
+from ..core.errors import InputError
 
 # %% ../../nbs/3_runs/37_launchers.ipynb #81b4f963
 MARK = "LLB_LAUNCH"

@@ -10,7 +10,7 @@ import uuid
 from importlib import import_module
 from pathlib import Path
 
-from ..core.distributed import InputError
+from ..core.errors import InputError
 
 # %% ../../nbs/3_runs/35_loggers.ipynb #cd2215b5
 def numbers(

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..core.errors import InputError
+from ..core.files import read_json, write_json
 from .config import Config, parse_command
-from .launchers import LAUNCHERS, LEAVE_S, STOPPED, Process, Slurm, Torchrun
-from ..core.distributed import InputError
-from .folder import LAUNCH, check_folder, open_run, read_json, settle, tail_events, write_json
+from .folder import check_folder, LAUNCH, open_run, settle, tail_events
+from .launchers import LAUNCHERS, LEAVE_S, Process, Slurm, STOPPED, Torchrun
 
 # %% ../../nbs/3_runs/38_processes.ipynb #351d1b7a
 @dataclass(frozen=True)

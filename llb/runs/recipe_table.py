@@ -8,9 +8,9 @@ __all__ = ['recipe_table', 'main']
 # %% ../../nbs/3_runs/39_recipe_table.ipynb #ae3e0fd6
 import argparse
 
-from .config import RECIPES, Config
+from ..core.errors import command
+from .config import Config, RECIPES
 from .cost import config_cost
-from ..core.distributed import command
 
 # %% ../../nbs/3_runs/39_recipe_table.ipynb #caecbeaf
 _CLASSES = {"imagenet": 1000, "places365": 365, "inat18": 8142, "openclipart": 14}

@@ -6,8 +6,8 @@
 __all__ = ['RENAMED', 'ALWAYS', 'ONLY', 'IMPLIED', 'REFUSED', 'CASELESS', 'translate']
 
 # %% ../../nbs/3_runs/30_release_flags.ipynb #fbb90c31
+from ..core.errors import InputError
 from ..models.zoo import find_method
-from ..core.distributed import InputError
 
 # %% ../../nbs/3_runs/30_release_flags.ipynb #74536f58
 RENAMED = {  # the release's name: ours

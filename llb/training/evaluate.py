@@ -13,12 +13,14 @@ import torch
 from safetensors.numpy import save_file
 from torch.utils.data import DataLoader
 
-from ..data.images import Pictures
+from ..core.console import progress
+from ..core.distributed import agreed, gather_objects, Runtime
 from ..data.datasets import real_labels
-from ..models.token_cache import features_of, in_step
-from .metrics import ALPHAS, Scores, Usage, class_accuracy, measure, merge_scores, score_batch, set_accuracy
+from ..data.images import Pictures
 from ..models.llb import LLB
-from ..core.distributed import Runtime, agreed, gather_objects, progress
+from ..models.token_cache import in_step
+from .inputs import features_of
+from .metrics import ALPHAS, class_accuracy, measure, merge_scores, score_batch, Scores, set_accuracy, Usage
 
 # %% ../../nbs/4_training/42_evaluate.ipynb #e94d11a2
 @torch.no_grad()

@@ -22,16 +22,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from ..models.backbone import Backbone, Preprocessing
-from ..runs.config import Config, VisualOptions
-from ..data.images import PictureDataset
-from .evaluate import measure_each, name_classes
-from .metrics import Scores, class_accuracy, measure, merge_scores, score_batch
+from ..core.console import progress, say
+from ..core.distributed import agreed, gather_objects, Runtime
+from ..core.errors import InputError
+from ..core.seeds import seed_from, seeded
+from ..data.batches import PictureDataset
+from ..data.preprocessing import Preprocessing
+from ..models.backbone import Backbone
 from ..models.llb import LLBOutput
-from ..core.distributed import InputError, Runtime, agreed, gather_objects, progress, say, seed_from, seeded
+from ..runs.config import Config, VisualOptions
+from .evaluate import measure_each, name_classes
+from .inputs import Loaders
+from .metrics import class_accuracy, measure, merge_scores, score_batch, Scores
 from .optim import CheckedUpdates
 from .parallel import compile_blocks
-from .trainer import Loaders, Trainer, TrainStep
+from .step import TrainStep
+from .trainer import Trainer
 
 # %% ../../nbs/4_training/47_finetune.ipynb #8771a5bf
 class VisualModel(nn.Module):

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.llb import LLBOutput, fuse
+from ..core.distributed import sum_over_ranks
+from ..core.errors import InputError
+from ..models.llb import fuse, LLBOutput
 from ..models.objects import entropy
-from ..core.distributed import InputError, sum_over_ranks
 
 # %% ../../nbs/4_training/40_metrics.ipynb #ebf2c7a4
 ALPHAS = tuple(round(i / 20, 2) for i in range(21))  # 0, 0.05, ..., 1

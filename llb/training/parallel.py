@@ -15,8 +15,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from ..core.errors import InputError
 from ..models.backbone import Backbone
-from ..core.distributed import InputError
 
 # %% ../../nbs/4_training/44_parallel.ipynb #3a415609
 def compile_blocks(
