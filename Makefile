@@ -16,7 +16,7 @@ help: ## this list
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@
 
-demo: .venv/.ready ## train on the bundled pictures with two processes, then write a report
+demo: .venv/.ready ## train on the bundled images with two processes, then write a report
 	@$(BIN)/llb fetch
 	$(RUN) torchrun --standalone --nproc_per_node=2 -m llb.train --recipe demo --save_dir $(dir $(DEMO)) --name $(notdir $(DEMO)) --overwrite
 	@$(BIN)/llb report $(DEMO)

@@ -23,25 +23,25 @@ from statistics import median, quantiles
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-MODEL = dict(backbone="vit_base_patch16_224", random_trunk=True, num_objects=2048, num_layers=6, target_layer=11, opt="Adam", clip_grad=None)
+MODEL = dict(backbone="vit_base_patch16_224", random_backbone=True, num_objects=2048, num_layers=6, target_layer=11, opt="Adam", clip_grad=None)
 CLASSES = 1000
 STEPS = {   # the variants of a training step: options of llb's configuration, and of the measurement
     "plain": dict(),
     "eager": dict(config={}),
     "eager, 2 micro-batches": dict(config=dict(micro_batches=2)),
     "compiled": dict(config=dict(compile=True)),
-    "bf16": dict(config=dict(amp=True, trunk_dtype="bfloat16")),
-    "bf16+compiled": dict(config=dict(amp=True, trunk_dtype="bfloat16", compile=True)),
+    "bf16": dict(config=dict(amp=True, backbone_dtype="bfloat16")),
+    "bf16+compiled": dict(config=dict(amp=True, backbone_dtype="bfloat16", compile=True)),
     "cached": dict(config={}, cached=True),
     "cached+compiled": dict(config=dict(compile=True), cached=True),
     "cached+bf16+compiled": dict(config=dict(amp=True, compile=True), cached=True),
 }
 INPUTS = {   # the variants of the input; each gives [3,224,224]
-    "plain": "the release's choice of operations on each picture, one after another",
-    "oracle": "the plain path of `llb`: the same, with random numbers that depend on nothing but seed, epoch and picture",
+    "plain": "the release's choice of operations on each image, one after another",
+    "oracle": "the plain path of `llb`: the same, with random numbers that depend on nothing but seed, epoch and image",
     "files": "what a run does without a store: the same pixels, augmented as planes of bytes, which the device normalises",
     "files, draft decoding": "JPEGs decoded at half their size where that is enough: other pixels",
-    "store, normalised here": "pictures from the pixel store, augmented, and made float32 on this core",
+    "store, normalised here": "images from the pixel store, augmented, and made float32 on this core",
     "store": "the same, left as bytes: the device normalises them (what a loader worker does)",
 }
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}   # dense, per second
@@ -86,7 +86,7 @@ def make_step(name, device, batch=8, image=224, objects=2048, layers=6, backbone
     if variant.get("cached"):
         features = model.features(images)
         data = {"tokens": features.tokens.bfloat16(), "visual_logits": torch.zeros(batch, CLASSES, device=place), **{k: data[k] for k in ("label", "index")}}
-        model.backbone.trunk.cpu()
+        model.backbone.vit.cpu()
     run = lambda: step(data, 0, 0.0)
     run.step = step
     return run, gflops
@@ -111,7 +111,7 @@ def step_worker(name, device, **size):
 
 
 def make_jpegs(folder, count, side=512):
-    "Pictures with the spectrum of photographs (amplitude 1/f); at quality 90 about 170 kB each, as many bytes a pixel as ImageNet's have."
+    "Images with the spectrum of photographs (amplitude 1/f); at quality 90 about 170 kB each, as many bytes a pixel as ImageNet's have."
     import numpy as np
     from PIL import Image
     rng, f = np.random.default_rng(0), np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.rfftfreq(side), indexing="ij"))
@@ -127,38 +127,38 @@ def make_jpegs(folder, count, side=512):
 
 
 def plain_transform():
-    "What a first program writes: the release's choice of operations, one after another, on each picture."
+    "What a first program writes: the release's choice of operations, one after another, on each image."
     from torchvision import transforms as t
     return t.Compose([t.Resize(256), t.CenterCrop(224), t.RandAugment(3, 9), t.ToTensor(), t.Normalize((.485, .456, .406), (.229, .224, .225))])
 
 
 def make_dataset(name, folder):
-    "Training pictures under keys (epoch, index), read the way `name` says."
+    "Training images under keys (epoch, index), read the way `name` says."
     from dataclasses import replace
     from llb.data.augment import RandAugment
     from llb.data.preprocessing import Preprocessing
-    from llb.data.batches import PictureDataset; from llb.data.images import scan_folder
-    from llb.data.preprocessing import Geometry; from llb.data.image_cache import PixelDataset, build_pixels
+    from llb.data.batches import ImageDataset; from llb.data.images import scan_folder
+    from llb.data.preprocessing import Geometry; from llb.data.image_cache import StoredImages, build_images
     from llb.core.distributed import Runtime, pick_device
-    pictures, geometry = scan_folder(folder), Preprocessing((224, 224), (.485, .456, .406), (.229, .224, .225), "bilinear", 224 / 256)
-    if name == "plain": return PlainPictures(pictures, plain_transform())
-    if name == "oracle": return PictureDataset(pictures, geometry.transform(train=True))
-    if "draft" in name: pictures = replace(pictures, draft=256)
-    if not name.startswith("store"): return PixelDataset(pictures, Geometry(geometry), RandAugment())
-    store = build_pixels(pictures, geometry, Runtime(pick_device("cpu")), Path(folder).parent / "stores" / str(os.getpid()))
-    return PixelDataset(pictures, store, RandAugment())
+    images, geometry = scan_folder(folder), Preprocessing((224, 224), (.485, .456, .406), (.229, .224, .225), "bilinear", 224 / 256)
+    if name == "plain": return PlainImages(images, plain_transform())
+    if name == "oracle": return ImageDataset(images, geometry.transform(train=True))
+    if "draft" in name: images = replace(images, draft=256)
+    if not name.startswith("store"): return StoredImages(images, Geometry(geometry), RandAugment())
+    store = build_images(images, geometry, Runtime(pick_device("cpu")), Path(folder).parent / "stores" / str(os.getpid()))
+    return StoredImages(images, store, RandAugment())
 
 
-class PlainPictures:
+class PlainImages:
     "What a first program writes; its random numbers depend on the order of work."
-    def __init__(self, pictures, transform): self.pictures, self.transform = pictures, transform
+    def __init__(self, images, transform): self.images, self.transform = images, transform
 
-    def __len__(self): return len(self.pictures)
+    def __len__(self): return len(self.images)
 
     def __getitem__(self, key):
         from PIL import Image
-        with Image.open(self.pictures.root / self.pictures.files[key[1]]) as opened: image = self.transform(opened.convert("RGB"))
-        return {"index": key[1], "label": self.pictures.labels[key[1]], "image": image}
+        with Image.open(self.images.root / self.images.files[key[1]]) as opened: image = self.transform(opened.convert("RGB"))
+        return {"index": key[1], "label": self.images.labels[key[1]], "image": image}
 
 
 class Repeated:
@@ -183,9 +183,9 @@ def input_worker(name, folder):
     def measure(request):
         nonlocal done
         began, cpu = time.perf_counter(), time.process_time()
-        for i in range(request["pictures"]): load(done + i)
-        done += request["pictures"]
-        return {"seconds": (time.perf_counter() - began) / request["pictures"], "cpu_seconds": (time.process_time() - cpu) / request["pictures"]}
+        for i in range(request["images"]): load(done + i)
+        done += request["images"]
+        return {"seconds": (time.perf_counter() - began) / request["images"], "cpu_seconds": (time.process_time() - cpu) / request["images"]}
     served(measure)
 
 
@@ -310,7 +310,7 @@ def bench_steps(args):
 def bench_input(args, folder):
     "The table of input pipelines, on one core each."
     workers = {n: Worker("--input", n, "--folder", folder, env={"OMP_NUM_THREADS": "1", "LLB_CACHE": str(folder / "cache")}.items()) for n in INPUTS}
-    return summary(interleave(workers, args.rounds, pictures=32), "plain")
+    return summary(interleave(workers, args.rounds, images=32), "plain")
 
 
 def ddp_rank(args):
@@ -326,8 +326,8 @@ def ddp_rank(args):
         config = Config(**{**MODEL, "batch_size": 4})
         step = TrainStep(make_model(config, make_backbone(config, CLASSES), CLASSES).to(runtime.device).train(), config, runtime)
         batch = {"image": torch.randn(4, 3, 224, 224, device=runtime.device), "label": torch.arange(4, device=runtime.device), "index": torch.arange(4)}
-        gradient, exchange = torch.zeros(sum(p.numel() for p in step.model.head.parameters()), device=runtime.device), step.exchange
-        alone = lambda last: step.head.no_sync() if runtime.world_size > 1 else nullcontext()
+        gradient, exchange = torch.zeros(sum(p.numel() for p in step.model.branch.parameters()), device=runtime.device), step.exchange
+        alone = lambda last: step.branch.no_sync() if runtime.world_size > 1 else nullcontext()
         found = {"exchanging": [], "not exchanging": [], "exchange alone": []}
         for i in range(args.rounds + 1):
             for name in found:
@@ -392,7 +392,7 @@ def step_table(rows, peak=None):
 
 def input_table(rows):
     "Markdown."
-    return "\n".join(["| input, one core | ms of CPU a picture | images/s and core | times plain, CPU seconds | times plain, wall |", "|---|---|---|---|---|",
+    return "\n".join(["| input, one core | ms of CPU an image | images/s and core | times plain, CPU seconds | times plain, wall |", "|---|---|---|---|---|",
                       *(f"| {n} | {r['cpu_seconds']['median'] * 1e3:.2f} | {1 / r['cpu_seconds']['median']:.0f} | {cell(r['cpu_speed_ratio'], '{:.1f}')} | "
                         f"{cell(r['speed_ratio'], '{:.1f}')} |" for n, r in rows.items())])
 
@@ -445,9 +445,9 @@ def main():
     else:
         if not args.no_steps: result["steps"] = bench_steps(args)
         with tempfile.TemporaryDirectory() as folder:
-            if not (args.no_input and args.no_loop): pictures = make_jpegs(Path(folder) / "pictures", 64)
-            if not args.no_input: result["input"] = bench_input(args, pictures)
-            if not args.no_loop: result["loop"] = bench_loop(args, pictures)
+            if not (args.no_input and args.no_loop): images = make_jpegs(Path(folder) / "images", 64)
+            if not args.no_input: result["input"] = bench_input(args, images)
+            if not args.no_loop: result["loop"] = bench_loop(args, images)
     result["machine"]["load_after"] = os.getloadavg()
     if args.out: args.out.write_text(json.dumps(result, indent=1) + "\n")
     show(result)

@@ -1,8 +1,8 @@
-"""How long a click in the explorer takes: a synthetic index of 50,000 pictures, 2,048 objects and 1,000 classes, with the bundled pictures behind it.
+"""How long a click in the explorer takes: a synthetic index of 50,000 images, 2,048 objects and 1,000 classes, with the bundled images behind it.
 
-    python benchmarks/explorer.py [--pictures 50000] [--objects 2048] [--classes 1000] [--clicks 60] [--folder FOLDER]
+    python benchmarks/explorer.py [--images 50000] [--objects 2048] [--classes 1000] [--clicks 60] [--folder FOLDER]
 
-Prints milliseconds from a click to everything being sent to the page, first for pictures that were never decoded, then for those still in memory.
+Prints milliseconds from a click to everything being sent to the page, first for images that were never decoded, then for those still in memory.
 The browser's own part is not in it: see tests/test_browser_explorer.py.
 """
 import argparse
@@ -23,18 +23,18 @@ from llb.data.preprocessing import Preprocessing
 from llb.data.splits import load_data
 
 
-def synthetic_index(folder:Path, pictures:int=50_000, objects:int=2048, classes:int=1000, grid=(14, 14), dim:int=64, seed:int=0)->ObjectIndex:
+def synthetic_index(folder:Path, images:int=50_000, objects:int=2048, classes:int=1000, grid=(14, 14), dim:int=64, seed:int=0)->ObjectIndex:
     "Write an index whose objects prefer some classes, without any model."
     rng, N, folder = np.random.default_rng(seed), grid[0] * grid[1], Path(folder)
     folder.mkdir(parents=True)
     clipart = load_data(Path(__file__).parent.parent / "data/openclipart").val
-    files = [clipart.files[i % len(clipart)] for i in range(pictures)]
+    files = [clipart.files[i % len(clipart)] for i in range(images)]
     own = rng.integers(0, objects, (classes, 12))                                   # the objects a class likes
-    writer, effects = RowWriter(folder / "pictures.safetensors"), RowWriter(folder / EFFECTS_FILE)
+    writer, effects = RowWriter(folder / "images.safetensors"), RowWriter(folder / EFFECTS_FILE)
     sums = {"patches": np.zeros(objects), "images": np.zeros(objects), "patch_entropy": np.zeros(objects), "class_patches": np.zeros((classes, objects)),
             "class_images": np.zeros((classes, objects)), "together": np.zeros((objects, objects))}
     top = PatchSample(objects, 128)
-    for part in np.array_split(np.arange(pictures), max(1, pictures // 1000)):
+    for part in np.array_split(np.arange(images), max(1, images // 1000)):
         label = rng.integers(0, classes, len(part))
         region = own[label][np.arange(len(part))[:, None], rng.integers(0, 12, (len(part), N // 4))].repeat(4, 1)
         first = np.where(rng.random((len(part), N)) < .7, region, rng.integers(0, objects, (len(part), N))).astype(np.int16)
@@ -53,14 +53,14 @@ def synthetic_index(folder:Path, pictures:int=50_000, objects:int=2048, classes:
     writer.close()
     effects.close()
     kept = top.exemplars()
-    arrays = {**sums, "mass": sums["patches"].copy(), "class_count": np.bincount(Rows(folder / "pictures.safetensors")["label"], minlength=classes).astype(float),
+    arrays = {**sums, "mass": sums["patches"].copy(), "class_count": np.bincount(Rows(folder / "images.safetensors")["label"], minlength=classes).astype(float),
               **{n: np.zeros((size, dim)) for n, size in (("object_visual", objects), ("object_label", objects), ("class_visual", classes), ("class_label", classes))},
               **{f"{kind}.{n}": np.ascontiguousarray(getattr(kept, n)) for kind in ("top", "sample") for n in ("score", "image", "patch")}}
     save_file(arrays, folder / "objects.safetensors")
     (folder / "files.json").write_text(json.dumps(files))
     preprocessing = asdict(Preprocessing((16 * grid[0], 16 * grid[1]), (.5,) * 3, (.5,) * 3))
     info = {"model": f"synthetic{seed}", "settings": {"alpha": .5, "num_objects": objects}, "backbone": "none", "grid": list(grid), "preprocessing": preprocessing,
-            "classes": [f"class {c}" for c in range(classes)], "pictures": pictures, "fingerprint": "synthetic", "root": str(clipart.root.resolve())}
+            "classes": [f"class {c}" for c in range(classes)], "images": images, "fingerprint": "synthetic", "root": str(clipart.root.resolve())}
     (folder / "index.json").write_text(json.dumps(info))
     return open_index(folder)
 
@@ -72,7 +72,7 @@ def timed(what, *args)->float: # milliseconds
 
 
 def measure(index:ObjectIndex, clicks:int=60, seed:int=0)->dict[str, np.ndarray]: # milliseconds by action
-    "Click patches, first of new pictures, then of the same ones."
+    "Click patches, first of new images, then of the same ones."
     from llb.apps.explorer import Explorer
     made = []
     found, rng = {"open the explorer": [timed(lambda: made.append(Explorer(index)))]}, np.random.default_rng(seed)
@@ -80,24 +80,24 @@ def measure(index:ObjectIndex, clicks:int=60, seed:int=0)->dict[str, np.ndarray]
     set_to = lambda widget, trait, values: [timed(setattr, widget, trait, v) for v in values]
     places = [(int(rng.integers(len(index))), rng.permutation(index.grid[0] * index.grid[1])[:4].tolist()) for _ in range(max(1, clicks // 4))]
     for which in "not yet decoded", "in memory":
-        moves, picks = found[f"next picture, pictures {which}"], found[f"click, pictures {which}"] = [], []
+        moves, picks = found[f"next image, images {which}"], found[f"click, images {which}"] = [], []
         for i, patches in places:
             moves.append(timed(explorer.show, i))
-            picks += set_to(explorer.picture_part.picker, "patch", patches)
-    found["alpha slider"] = set_to(explorer.picture_part.alpha, "value", np.linspace(0, 1, 20))
+            picks += set_to(explorer.image_part.picker, "patch", patches)
+    found["alpha slider"] = set_to(explorer.image_part.alpha, "value", np.linspace(0, 1, 20))
     found["search"] = set_to(explorer.list_part.text, "value", ("class 7", "class 12", "19", ""))
-    found["sort"] = set_to(explorer.list_part.order, "value", ("most pictures", "most of one class", "largest effect"))
+    found["sort"] = set_to(explorer.list_part.order, "value", ("most images", "most of one class", "largest effect"))
     found["class"] = set_to(explorer.class_part.choice, "value", (3, 5, 8))
-    found["branches, first time"] = [timed(explorer.branch_part.look.click)]
+    found["branches, first time"] = [timed(explorer.branch_part.forward_with_tokens.click)]
     return {k: np.array(v) for k, v in found.items()}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in dict(pictures=50_000, objects=2048, classes=1000, clicks=60).items(): parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in dict(images=50_000, objects=2048, classes=1000, clicks=60).items(): parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--folder", help="keep the index here, and use it again")
     args = parser.parse_args()
     folder = Path(args.folder or tempfile.mkdtemp()) / "index"
-    index = open_index(folder) if (folder / "index.json").exists() else synthetic_index(folder, args.pictures, args.objects, args.classes)
-    print(f"{len(index):,} pictures, K = {len(index.patches):,}, {len(index.classes):,} classes, {index.grid} patches")
+    index = open_index(folder) if (folder / "index.json").exists() else synthetic_index(folder, args.images, args.objects, args.classes)
+    print(f"{len(index):,} images, K = {len(index.patches):,}, {len(index.classes):,} classes, {index.grid} patches")
     for name, ms in measure(index, args.clicks).items(): print(f"{name:<36} median {np.median(ms):7.0f} ms   95 % {np.quantile(ms, .95):7.0f} ms   n = {len(ms)}")

@@ -1,6 +1,6 @@
 """One training step of LLB, written out plainly: what the fast paths of `llb` are measured against.
 
-It does what a first, straightforward program does, and what the published one is known to do: every block of the trunk and its class head run although
+It does what a first, straightforward program does, and what the published one is known to do: every block of the backbone and its class head run although
 only one block's output is used, every block's output is cloned and kept, the loss and its parts are read back to the host in each step, and everything is
 float32. The model is the same; tests/test_speed.py checks that its loss and gradients are those of `llb`.
 """
@@ -32,7 +32,7 @@ class PlainLLB(nn.Module):
         self.target, self.temperature = target, temperature
         self.patches = nn.Conv2d(3, dim, patch, patch)
         self.token, self.positions = nn.Parameter(torch.zeros(1, 1, dim)), nn.Parameter(torch.randn(1, (image // patch) ** 2 + 1, dim) * .02)
-        self.trunk = nn.ModuleList(PlainBlock(dim, heads) for _ in range(depth))
+        self.vit = nn.ModuleList(PlainBlock(dim, heads) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, classes)
         for p in self.parameters(): p.requires_grad_(False)
         self.visual_block = PlainBlock(dim, heads)
@@ -44,7 +44,7 @@ class PlainLLB(nn.Module):
     def forward(self, images, labels, diversity_weight=.5):
         x, kept = self.patches(images).flatten(2).transpose(1, 2), []
         x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
-        for block in self.trunk:
+        for block in self.vit:
             x = block(x)
             kept.append(x.clone())
         visual_logits = self.head(self.norm(x)[:, 0])

@@ -9,10 +9,10 @@ __version__ = "0.1.0"
 _HOME = {
     "load_backbone": "models.backbone",
     "LLB": "models.llb",
-    "LLBLoss": "models.llb",
+    "LLBLoss": "models.loss",
     "LLBOutput": "models.llb",
     "Config": "runs.config",
-    "load_data": "data.images",
+    "load_data": "data.splits",
     "load_dataset": "data.datasets",
     "load_reference_checkpoint": "models.release",
     "to_reference_state_dict": "models.release",

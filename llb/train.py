@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from .core.console import say
-from .core.distributed import main_first, on_main, restarted, Runtime, start_runtime
+from .core.console import print_main
+from .core.distributed import main_first, run_on_main, restarted, Runtime, start_runtime
 from .core.errors import command, InputError
-from .data.batches import EvalBatches, make_loader, PictureDataset
+from .data.batches import EvalBatches, make_loader, ImageDataset
 from .data.splits import Data
 from .models.llb import LLB
 from .runs.build import make_backbone, make_data, make_model
@@ -30,21 +30,21 @@ from .training.trainer import Trainer
 def train(
     config:Config
 )->dict: # what metrics.json holds; {} when the run was stopped
-    "Run a configuration from pictures to metrics, in every process `torchrun` started; a run that it restarts is resumed."
+    "Run a configuration from images to metrics, in every process `torchrun` started; a run that it restarts is resumed."
     with start_runtime(config.device, config.amp, config.timeout) as runtime:
-        if restarted() and on_main(lambda: any(config.run_folder.glob("*"))): config = replace(config, resume=True, overwrite=False)
+        if restarted() and run_on_main(lambda: any(config.run_folder.glob("*"))): config = replace(config, resume=True, overwrite=False)
         data = make_data(config)
         torch.manual_seed(config.seed)
         backbone = main_first(lambda: make_backbone(config, len(data.classes)))
         visual = config.objective == "visual"
         model = (make_visual_model if visual else make_model)(config, backbone, len(data.classes))
-        say(f"{len(data.train)} training, {len(data.selection)} selection and {len(data.val)} validation pictures of {len(data.classes)} classes; "
-            f"{backbone.name} ({backbone.source}); {sum(p.numel() for p in model.head.parameters()) / 1e6:.1f} M trained parameters; "
+        print_main(f"{len(data.train)} training, {len(data.selection)} selection and {len(data.val)} validation images of {len(data.classes)} classes; "
+            f"{backbone.name} ({backbone.source}); {sum(p.numel() for p in model.branch.parameters()) / 1e6:.1f} M trained parameters; "
             f"{runtime.world_size} process(es) on {runtime.device.type}.")
-        if runtime.is_main and not visual and not config.eval: say(preview(config_cost(config, len(data.classes)), config, len(data.train), runtime.world_size))
+        if runtime.is_main and not visual and not config.eval: print_main(preview(config_cost(config, len(data.classes)), config, len(data.train), runtime.world_size))
         if config.eval: return score(model, data, config, runtime)
         metrics = (VisualTrainer if visual else Trainer)(model, data, config, runtime).fit()
-        say(f"Run folder: {config.run_folder}")
+        print_main(f"Run folder: {config.run_folder}")
         return metrics
 
 # %% ../nbs/90_train.ipynb #ae9cd5c1
@@ -55,11 +55,11 @@ def score(model:LLB, data:Data, config:Config, runtime:Runtime)->dict: # see `re
         if not trained.is_dir(): raise InputError(f"There is no trained model in {str(trained)!r} to evaluate; name one with --nv_weights.")
         model = LLB.from_pretrained(trained, backbone=model.backbone)
     alpha = model.alpha if config.alpha is None else config.alpha
-    dataset = PictureDataset(data.val, model.backbone.transform())
+    dataset = ImageDataset(data.val, model.backbone.transform())
     loader = make_loader(dataset, EvalBatches(len(data.val), config.batch_size, runtime.rank, runtime.world_size), config.workers)
     scores, _ = evaluate(model.to(runtime.device), loader, runtime, tuple(sorted({*ALPHAS, alpha})))
     metrics = report_metrics(scores, data.val, alpha, "is the model's own" if config.alpha is None else "was given")
-    say(format_table(metrics))
+    print_main(format_table(metrics))
     return metrics
 
 # %% ../nbs/90_train.ipynb #42e12995

@@ -1,4 +1,4 @@
-"""What the tests share: a folder of small pictures, and ways to run the training command and to see that nothing of it is left."""
+"""What the tests share: a folder of small images, and ways to run the training command and to see that nothing of it is left."""
 import hashlib
 import json
 import multiprocessing
@@ -20,24 +20,24 @@ import pytest  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-TINY = dict(dataset="ImageFolder", backbone="test_vit.r160_in1k", random_trunk=True, image_size=32, num_objects=8, num_layers=2, target_layer=3,
+TINY = dict(dataset="ImageFolder", backbone="test_vit.r160_in1k", random_backbone=True, image_size=32, num_objects=8, num_layers=2, target_layer=3,
             epochs=3, batch_size=8, lr=1e-3, device="cpu", log_every=1, workers=0, name="run", timeout=60)
 
 
 def draw(shape, rng, size=40):
-    "A picture of a circle, square or triangle in random colours."
+    "An image of a circle, square or triangle in random colours."
     colour = lambda: tuple(rng.randrange(256) for _ in range(3))
-    picture = Image.new("RGB", (size, size), colour())
-    pen, fill = ImageDraw.Draw(picture), colour()
+    image = Image.new("RGB", (size, size), colour())
+    pen, fill = ImageDraw.Draw(image), colour()
     x, y = rng.randrange(2, size // 2 - 2), rng.randrange(2, size // 2 - 2)
     box = [x, y, x + size // 2, y + size // 2]
     if shape == "circle": pen.ellipse(box, fill=fill)
     if shape == "square": pen.rectangle(box, fill=fill)
     if shape == "triangle": pen.polygon([(x, y + size // 2), (x + size // 2, y + size // 2), (x + size // 4, y)], fill=fill)
-    return picture
+    return image
 
 
-def make_pictures(root, per_class=20, classes=("circle", "square", "triangle")):
+def make_images(root, per_class=20, classes=("circle", "square", "triangle")):
     "A folder of class folders; the same bytes each time."
     rng = random.Random(0)
     for name in classes:
@@ -47,9 +47,9 @@ def make_pictures(root, per_class=20, classes=("circle", "square", "triangle")):
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    "60 small pictures in 3 class folders; not to be changed."
-    return make_pictures(tmp_path_factory.mktemp("pictures") / "shapes")
+def images(tmp_path_factory):
+    "60 small images in 3 class folders; not to be changed."
+    return make_images(tmp_path_factory.mktemp("images") / "shapes")
 
 
 def flags(**values):
@@ -222,11 +222,11 @@ def results(folder):
 
 
 @pytest.fixture(scope="session")
-def wanted(tmp_path_factory, pictures):
+def wanted(tmp_path_factory, images):
     "The results of uninterrupted runs of 1 and 2 processes."
     folder, found = tmp_path_factory.mktemp("whole"), {}
     for processes in 1, 2:
-        run = Forked(folder / "log.txt", processes, data_dir=pictures, save_dir=folder, name=str(processes), **OPTIONS | {"batch_size": 6 // processes})
+        run = Forked(folder / "log.txt", processes, data_dir=images, save_dir=folder, name=str(processes), **OPTIONS | {"batch_size": 6 // processes})
         assert run.finish() == [0] * processes, run.text
         found[processes] = results(folder / str(processes))
     return found

@@ -28,7 +28,7 @@ def make_model():
     torch.manual_seed(0)
     backbone = load_backbone("test_vit", pretrained=False, image_size=32, num_classes=7)   # another number: a visual head is trained too
     model = LLB(backbone, num_objects=6, num_layers=2, target_layer=3, num_classes=C, temperature=.5).double()
-    torch.nn.init.normal_(model.head.visual_head.weight, std=.1)
+    torch.nn.init.normal_(model.branch.visual_head.weight, std=.1)
     images = torch.randn(max(B, N), 3, 32, 32, dtype=torch.float64)
     return model, images, torch.arange(max(B, N)) % C
 
@@ -38,7 +38,7 @@ def gradients(runtime, uneven, micro, local):
     model.train()
     cuts = [0, *((2, 7, B) if uneven else (4, 8, B))] if runtime.world_size == 3 else [0, 3 if uneven else 6, B] if runtime.world_size == 2 else [0, B]
     mine = torch.arange(B)[cuts[runtime.rank]:cuts[runtime.rank + 1]]
-    head = DistributedDataParallel(model.head) if runtime.world_size > 1 else model.head
+    head = DistributedDataParallel(model.branch) if runtime.world_size > 1 else model.branch
     loss, parts = LLBLoss(local_diversity=local), mine.chunk(micro)
     features = [model.features(images[p]) for p in parts]
     totals = batch_totals([head(f).assignments for f in features]) if micro > 1 else None
@@ -46,8 +46,8 @@ def gradients(runtime, uneven, micro, local):
         if runtime.world_size > 1: head.require_backward_grad_sync = i == len(parts) - 1
         terms = loss(head(f), labels[p], totals)
         terms.loss.backward()
-    own = LLBLoss(local_diversity=True)(model.head(model.features(images[mine])), labels[mine], batch_totals([torch.ones(1, 1, 6)])).entropy
-    return {"gradients": {n: p.grad.tolist() for n, p in model.head.named_parameters()}, "share": len(mine),
+    own = LLBLoss(local_diversity=True)(model.branch(model.features(images[mine])), labels[mine], batch_totals([torch.ones(1, 1, 6)])).entropy
+    return {"gradients": {n: p.grad.tolist() for n, p in model.branch.named_parameters()}, "share": len(mine),
             "terms": {k: float(v) for k, v in vars(terms).items()}, "own_entropy": float(own)}
 
 
@@ -69,7 +69,7 @@ def corrupt(folder):
     "Which of eleven files cannot be read, and how many of them this process read."
     read = []
     llb.data.unreadable.decode = lambda path: read.append(path) or decode(path)
-    found = llb.data.unreadable.find_corrupt([Path(folder, f"{i}.png") for i in range(N)])
+    found = llb.data.unreadable.find_unreadable([Path(folder, f"{i}.png") for i in range(N)])
     return {"found": sorted(Path(path).name for path in found), "read": len(read)}
 
 

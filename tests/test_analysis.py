@@ -16,14 +16,14 @@ from llb.analysis.effects import (area, attribution, build_effects, class_effect
 from llb.analysis.index import build_index, index_run, load_run, open_index
 from llb.analysis.similarity import match_objects, moved_pairs, similarity
 from llb.analysis.usage import (association, branch_agreement, exemplars, index_scores, object_table, partners,
-                                pictures_with, summarise)
+                                images_with, summarise)
 from llb.core.distributed import Runtime
 from llb.core.errors import InputError
-from llb.data.batches import EvalBatches, make_loader, PictureDataset
+from llb.data.batches import EvalBatches, make_loader, ImageDataset
 from llb.data.splits import load_data
 from llb.models.backbone import load_backbone
 from llb.models.llb import LLB
-from llb.models.token_cache import build_store, FeatureDataset
+from llb.models.token_cache import build_tokens, TokenDataset
 from llb.runs.build import make_backbone, make_data, make_model
 from llb.runs.config import Config
 from llb.training.metrics import measure
@@ -34,11 +34,11 @@ H, W, K, C = 3, 4, 6, 14
 
 
 class Tokens(Dataset):
-    """Tokens made from object ids: the trunk's part is skipped, and an identity model reads the ids back."""
-    def __init__(self, pictures, ids, backbone, noise=0.):
-        self.pictures, self.ids, self.backbone, self.noise = pictures, ids, backbone, noise
+    """Tokens made from object ids: the backbone's part is skipped, and an identity model reads the ids back."""
+    def __init__(self, images, ids, backbone, noise=0.):
+        self.images, self.ids, self.backbone, self.noise = images, ids, backbone, noise
 
-    def __len__(self): return len(self.pictures)
+    def __len__(self): return len(self.images)
 
     def __getitem__(self, key):
         i = key[1]
@@ -46,7 +46,7 @@ class Tokens(Dataset):
         tokens = self.noise * torch.randn(self.backbone.num_prefix + H * W, self.backbone.dim, generator=generator)
         ids = torch.as_tensor(self.ids[i % len(self.ids)])
         tokens[self.backbone.num_prefix + torch.arange(H * W), ids] += 1
-        return {"index": i, "label": self.pictures.labels[i], "tokens": tokens, "visual_features": tokens[-1] * 0 + tokens.mean()}
+        return {"index": i, "label": self.images.labels[i], "tokens": tokens, "visual_features": tokens[-1] * 0 + tokens.mean()}
 
 
 class Second(nn.Module):
@@ -59,28 +59,28 @@ def model():
     torch.manual_seed(0)
     backbone = load_backbone("vit_tiny_patch16_224", pretrained=False, image_size=(16 * H, 16 * W), num_classes=0)
     made = LLB(backbone, num_objects=K, num_layers=3, target_layer=9, num_classes=C).eval()
-    made.head.visual_block = Second()
+    made.branch.visual_block = Second()
     with torch.no_grad():
-        made.head.objects.assign.weight.copy_(torch.eye(K, backbone.dim))
+        made.branch.objects.assign.weight.copy_(torch.eye(K, backbone.dim))
     return made
 
 
-def indexed(model, folder, ids, pictures, batch=5, noise=.15, **options):
-    dataset = Tokens(pictures, ids, model.backbone, noise)
-    return build_index(model, make_loader(dataset, EvalBatches(len(pictures), batch)), folder, RUNTIME, **options), dataset
+def indexed(model, folder, ids, images, batch=5, noise=.15, **options):
+    dataset = Tokens(images, ids, model.backbone, noise)
+    return build_index(model, make_loader(dataset, EvalBatches(len(images), batch)), folder, RUNTIME, **options), dataset
 
 
 RNG = np.random.default_rng(0)
 IDS = RNG.choice(K - 1, (40, H * W), p=[.4, .3, .15, .1, .05])   # the last object is dead
-PICTURES = CLIPART.take(range(0, 400, 10))
+IMAGES = CLIPART.take(range(0, 400, 10))
 
 
 @pytest.fixture(scope="module")
-def index(model, tmp_path_factory): return indexed(model, tmp_path_factory.mktemp("run") / "objects" / "val", IDS, PICTURES)[0]
+def index(model, tmp_path_factory): return indexed(model, tmp_path_factory.mktemp("run") / "objects" / "val", IDS, IMAGES)[0]
 
 
 def test_counts_are_those_of_loops(index):
-    labels = np.array(PICTURES.labels)
+    labels = np.array(IMAGES.labels)
     assert np.array_equal(index.rows["first"][:], IDS) and index.grid == (H, W)
     for k in range(K):
         assert index.patches[k] == (IDS == k).sum() and index.image_counts[k] == (IDS == k).any(1).sum()
@@ -93,13 +93,13 @@ def test_counts_are_those_of_loops(index):
 
 def test_pmi_adds_up_to_scikit_learns_mutual_information(index):
     pmi, support = association(index, "pmi")
-    labels = np.repeat(PICTURES.labels, H * W)
+    labels = np.repeat(IMAGES.labels, H * W)
     assert np.isclose(np.nansum(support / support.sum() * pmi), mutual_info_score(labels, IDS.ravel()))
     lift, images = association(index, unit="images")
-    k, c = 0, PICTURES.labels[0]
+    k, c = 0, IMAGES.labels[0]
     share = (IDS == k).any(1)
-    assert np.isclose(lift[c, k], share[np.array(PICTURES.labels) == c].mean() / share.mean()) and np.isnan(lift[0, K - 1])
-    assert images[c, k] == share[np.array(PICTURES.labels) == c].sum()
+    assert np.isclose(lift[c, k], share[np.array(IMAGES.labels) == c].mean() / share.mean()) and np.isnan(lift[0, K - 1])
+    assert images[c, k] == share[np.array(IMAGES.labels) == c].sum()
 
 
 def test_summary_and_table(index):
@@ -111,13 +111,13 @@ def test_summary_and_table(index):
     assert np.isclose(summary["information"], summary["entropy"] - summary["patch_entropy"]) and summary["information"] > 0
     assert table["dead"].tolist() == [False] * 5 + [True] and np.isnan(table["class_entropy"][-1])
     assert np.array_equal(table["dense"], (np.stack([(IDS == k).any(1).mean() for k in range(K)]) > .5))
-    counts = np.bincount(np.repeat(PICTURES.labels, H * W)[IDS.ravel() == 0], minlength=C)
+    counts = np.bincount(np.repeat(IMAGES.labels, H * W)[IDS.ravel() == 0], minlength=C)
     share = counts[counts > 0] / counts.sum()
     for k in range(K):
-        inside = np.array([((IDS == k).sum(1) * (np.array(PICTURES.labels) == c)).sum() for c in range(C)])
+        inside = np.array([((IDS == k).sum(1) * (np.array(IMAGES.labels) == c)).sum() for c in range(C)])
         c = inside.argmax()
-        pictures = ((IDS == k).any(1) & (np.array(PICTURES.labels) == c)).sum()
-        assert table["label_specific"][k] == (2 * inside[c] > inside.sum() and pictures >= 5)
+        images = ((IDS == k).any(1) & (np.array(IMAGES.labels) == c)).sum()
+        assert table["label_specific"][k] == (2 * inside[c] > inside.sum() and images >= 5)
     assert np.isclose(table["class_entropy"][0], -(share * np.log(share)).sum()) and table["top_class"][0] == counts.argmax()
     ids, lift, both = partners(index, 0, min_support=1)
     assert 0 not in ids and K - 1 not in ids and (np.diff(lift) <= 0).all() and np.array_equal(both, index.together[0, ids])
@@ -129,7 +129,7 @@ def test_galleries_are_capped_ranked_and_true(index):
             found = exemplars(index, k, quantile, 6)
             assert (np.diff(found.score) <= 0).all() and np.unique(found.image, return_counts=True)[1].max() <= 2
             assert (IDS[found.image, found.patch] == k).all() or quantile is None
-        own = index.sample.of(k)   # fewer patches than places: the sample is everything, at most two a picture
+        own = index.sample.of(k)   # fewer patches than places: the sample is everything, at most two an image
         assert len(own) == np.minimum((IDS == k).sum(1), 2).sum()
         median = exemplars(index, k, .5, 1).score[0]
         assert abs(median - np.median(own.score)) <= np.ptp(own.score) * .1 + 1e-6
@@ -139,14 +139,14 @@ def test_galleries_are_capped_ranked_and_true(index):
 def test_what_is_read_back_is_what_was_written(index):
     again = open_index(index.rows.path.parent)
     for name in "patches", "mass", "together", "object_label": assert np.array_equal(getattr(again, name), getattr(index, name))
-    assert np.array_equal(again.top.score, index.top.score) and again.classes == PICTURES.classes and again.pictures.files == PICTURES.files
-    assert again.picture(3).shape == (16 * H, 16 * W, 3)
-    with pytest.raises(InputError, match="cannot be decoded"): open_index(index.rows.path.parent, root="/nowhere").picture(0)
+    assert np.array_equal(again.top.score, index.top.score) and again.classes == IMAGES.classes and again.images.files == IMAGES.files
+    assert again.image(3).shape == (16 * H, 16 * W, 3)
+    with pytest.raises(InputError, match="cannot be decoded"): open_index(index.rows.path.parent, root="/nowhere").image(0)
     with pytest.raises(InputError, match="no object index"): open_index(index.rows.path.parent / "nothing")
 
 
 def test_any_batch_size_gives_the_same_index(model, index, tmp_path):
-    other, _ = indexed(model, tmp_path / "val", IDS, PICTURES, batch=17)
+    other, _ = indexed(model, tmp_path / "val", IDS, IMAGES, batch=17)
     for name in "patches", "together", "class_images": assert np.array_equal(getattr(other, name), getattr(index, name))
     for name in "mass", "patch_entropy", "object_visual", "class_label": assert np.allclose(getattr(other, name), getattr(index, name), atol=1e-3)
     for kind in "top", "sample":
@@ -154,41 +154,41 @@ def test_any_batch_size_gives_the_same_index(model, index, tmp_path):
     assert np.array_equal(other.sample.image, index.sample.image)
 
 
-def test_cached_features_give_the_index_of_the_pictures(tmp_path):
+def test_cached_features_give_the_index_of_the_images(tmp_path):
     backbone = load_backbone("vit_tiny_patch16_224", pretrained=False, image_size=48, num_classes=0)
     torch.manual_seed(0)
     model, few = LLB(backbone, num_objects=9, num_layers=2, num_classes=C), CLIPART.take(range(0, 60, 5))
-    store = build_store(backbone, model.target_layer, few, RUNTIME, tmp_path)
+    store = build_tokens(backbone, model.target_layer, few, RUNTIME, tmp_path)
     one, two = (build_index(model, make_loader(d, EvalBatches(len(few), 4)), tmp_path / "val", RUNTIME)
-                for d in (PictureDataset(few, backbone.transform()), FeatureDataset(store, few)))
+                for d in (ImageDataset(few, backbone.transform()), TokenDataset(store, few)))
     assert np.allclose(one.mass, two.mass, rtol=.02, atol=.05)   # bf16 tokens
 
 
 def test_registers_and_wide_grids_keep_their_places(tmp_path):
     backbone = load_backbone("vit_small_patch14_reg4_dinov2", pretrained=False, image_size=(14 * H, 14 * W), num_classes=0)
     model = LLB(backbone, num_objects=K, num_layers=2, target_layer=3, num_classes=C)
-    model.head.visual_block = Second()
-    with torch.no_grad(): model.head.objects.assign.weight.copy_(torch.eye(K, backbone.dim))
+    model.branch.visual_block = Second()
+    with torch.no_grad(): model.branch.objects.assign.weight.copy_(torch.eye(K, backbone.dim))
     assert backbone.num_prefix == 5
-    found, _ = indexed(model, tmp_path / "val", IDS, PICTURES)
+    found, _ = indexed(model, tmp_path / "val", IDS, IMAGES)
     assert found.grid == (H, W) and np.array_equal(found.map(7)[0], IDS[7])
-    pictures, patches = pictures_with(found, 4)
-    assert np.array_equal(np.sort(pictures), np.flatnonzero((IDS == 4).any(1))) and np.array_equal(patches, (IDS[pictures] == 4).sum(1))
+    images, patches = images_with(found, 4)
+    assert np.array_equal(np.sort(images), np.flatnonzero((IDS == 4).any(1))) and np.array_equal(patches, (IDS[images] == 4).sum(1))
 
 
 def test_bad_input_is_named(model, tmp_path):
-    dataset = Tokens(PICTURES, IDS, model.backbone)
+    dataset = Tokens(IMAGES, IDS, model.backbone)
     with pytest.raises(InputError, match="use EvalBatches on one process"):
-        build_index(model, make_loader(dataset, EvalBatches(len(PICTURES), 5, 1, 2)), tmp_path / "val", RUNTIME)
+        build_index(model, make_loader(dataset, EvalBatches(len(IMAGES), 5, 1, 2)), tmp_path / "val", RUNTIME)
     dataset.noise = float("nan")
-    with pytest.raises(InputError, match=PICTURES.files[0].split("/")[-1]):
-        build_index(model, make_loader(dataset, EvalBatches(len(PICTURES), 5)), tmp_path / "val", RUNTIME)
+    with pytest.raises(InputError, match=IMAGES.files[0].split("/")[-1]):
+        build_index(model, make_loader(dataset, EvalBatches(len(IMAGES), 5)), tmp_path / "val", RUNTIME)
     assert not list(tmp_path.iterdir())   # no half index stays behind
 
 
 def test_branches(index):
     scores, cells = index_scores(index), branch_agreement(index)
-    visual, label = (index.rows[f"{n}_logits"][:].argmax(1) == np.array(PICTURES.labels) for n in ("visual", "label"))
+    visual, label = (index.rows[f"{n}_logits"][:].argmax(1) == np.array(IMAGES.labels) for n in ("visual", "label"))
     assert np.array_equal(cells["only_label"], np.flatnonzero(label & ~visual)) and sum(map(len, cells.values())) == len(index)
     assert measure(scores, 1.)["top1"] == visual.mean() and measure(scores, 0.)["top1"] == label.mean()
 
@@ -196,20 +196,20 @@ def test_branches(index):
 def test_renamed_objects_are_matched(model, index, tmp_path):
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     other = LLB(model.backbone, **model.settings)
-    other.head.visual_block = Second()
-    state = model.head.state_dict()
+    other.branch.visual_block = Second()
+    state = model.branch.state_dict()
     for name in "objects.assign.weight", "objects.assign.bias", "objects.embeddings": state[name] = state[name][order]
-    other.head.load_state_dict(state)
-    found = match_objects(index, indexed(other.eval(), tmp_path / "val", IDS, PICTURES)[0])
+    other.branch.load_state_dict(state)
+    found = match_objects(index, indexed(other.eval(), tmp_path / "val", IDS, IMAGES)[0])
     assert found.stability == 1 and (order[torch.from_numpy(found.second)].numpy() == found.first).all() and len(found.first) == K - 1
-    elsewhere, _ = indexed(model, tmp_path / "few", IDS, PICTURES.take(range(5)))
+    elsewhere, _ = indexed(model, tmp_path / "few", IDS, IMAGES.take(range(5)))
     with pytest.raises(InputError, match="build both from the same"): match_objects(index, elsewhere)
 
 
 def test_similarity_is_of_the_mean_tokens(model, index):
     ids, visual, label = similarity(index, min_patches=5)
-    dataset = Tokens(PICTURES, IDS, model.backbone, .15)
-    tokens = torch.stack([dataset[0, i]["tokens"] for i in range(len(PICTURES))])[:, model.backbone.num_prefix:].numpy()
+    dataset = Tokens(IMAGES, IDS, model.backbone, .15)
+    tokens = torch.stack([dataset[0, i]["tokens"] for i in range(len(IMAGES))])[:, model.backbone.num_prefix:].numpy()
     centroids = np.stack([tokens[IDS == k].mean(0) for k in ids])
     centred = centroids - centroids.mean(0)
     norm = np.linalg.norm(centred, axis=1)
@@ -227,14 +227,14 @@ def planted():
     a = torch.eye(K)[torch.randint(2, K, (64, H * W))]
     labels = torch.randint(0, 3, (64,))
     a[torch.arange(64), torch.randint(0, H * W, (64,))] = torch.eye(K)[labels]
-    optimizer = torch.optim.AdamW(model.head.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(model.branch.parameters(), 1e-3)
     for _ in range(40):
-        loss = nn.functional.cross_entropy(label_logits(model.head, a @ model.head.objects.embeddings), labels)
+        loss = nn.functional.cross_entropy(label_logits(model.branch, a @ model.branch.objects.embeddings), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss < .05
-    return model.head.eval(), a[labels < 2], labels[labels < 2]
+    return model.branch.eval(), a[labels < 2], labels[labels < 2]
 
 
 def test_occlusion_finds_the_planted_object_and_chance_does_not(planted):
@@ -252,22 +252,22 @@ def test_occlusion_finds_the_planted_object_and_chance_does_not(planted):
 
 
 def test_effects_are_rows_beside_the_index(model, index):
-    loader = lambda n: make_loader(Tokens(PICTURES.take(range(n)), IDS, model.backbone, .15), EvalBatches(n, 7))
-    with pytest.raises(InputError, match="pictures of the index"): build_effects(model, loader(20), index, RUNTIME, count=3)
+    loader = lambda n: make_loader(Tokens(IMAGES.take(range(n)), IDS, model.backbone, .15), EvalBatches(n, 7))
+    with pytest.raises(InputError, match="images of the index"): build_effects(model, loader(20), index, RUNTIME, count=3)
     effects = build_effects(model, loader(40), index, RUNTIME, count=3)
     drop, count, random = class_effects(index, effects)
     want = np.zeros((C, K))
-    for i, y in enumerate(PICTURES.labels):
+    for i, y in enumerate(IMAGES.labels):
         for k, d in zip(effects["objects"][i], effects["drop"][i]): want[y, k] += d
     assert np.allclose(np.nan_to_num(drop) * count, want, atol=1e-5) and count.sum() == 3 * 40 and np.isnan(drop[count == 0]).all()
-    right = effects["predicted"][:] == np.array(PICTURES.labels)
+    right = effects["predicted"][:] == np.array(IMAGES.labels)
     assert np.allclose(effects["predicted_drop"][right], effects["drop"][right]) and len(open_effects(index)) == 40
 
 
 def test_memory_does_not_grow_with_the_data(model, tmp_path):
     def peak(times):
-        pictures = CLIPART.take(list(range(300)) * times)
-        return peak_memory(lambda: indexed(model, tmp_path / f"{times}", IDS, pictures, batch=50))
+        images = CLIPART.take(list(range(300)) * times)
+        return peak_memory(lambda: indexed(model, tmp_path / f"{times}", IDS, images, batch=50))
     peak(1)
     peak(10)   # Python's table of names may grow once
     (small, before), (large, after) = peak(1), peak(10)
@@ -285,7 +285,7 @@ def test_a_run_is_indexed_once_and_again_when_its_model_changes(tmp_path):
     assert len(index) == len(effects) == len(make_data(config).selection) and (tmp_path / "objects/selection/index.json").exists()
     stamp = index.rows.path.stat().st_mtime_ns
     assert index_run(tmp_path, "selection", "cpu").rows.path.stat().st_mtime_ns == stamp
-    with torch.no_grad(): model.head.objects.embeddings.add_(1)
+    with torch.no_grad(): model.branch.objects.embeddings.add_(1)
     write()
     assert index_run(tmp_path, "selection", "cpu").rows.path.stat().st_mtime_ns > stamp and not index.rows.path.with_name("effects.safetensors").exists()
     with pytest.raises(InputError, match="no split"): load_run(tmp_path, "test", "cpu")
@@ -296,5 +296,5 @@ def test_the_demos_index_takes_two_minutes_on_two_cores(tmp_path):
     backbone = load_backbone("focus_vit_small_patch14", image_size=154)
     model, few = LLB(backbone, num_objects=128, num_layers=3, target_layer=9, num_classes=C), CLIPART.take(range(96))
     began = time.process_time()
-    build_index(model, make_loader(PictureDataset(few, backbone.transform()), EvalBatches(96, 32)), tmp_path / "val", RUNTIME)
+    build_index(model, make_loader(ImageDataset(few, backbone.transform()), EvalBatches(96, 32)), tmp_path / "val", RUNTIME)
     assert (time.process_time() - began) / 96 * 2046 / 2 < 120

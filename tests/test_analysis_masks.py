@@ -9,15 +9,15 @@ from sklearn.metrics import (adjusted_mutual_info_score, adjusted_rand_score, co
 
 from llb.analysis.attention import attention_maps, class_attention, over_objects, rollout
 from llb.analysis.exemplars import at_quantile, Exemplars, PatchSample
-from llb.analysis.index import look
+from llb.analysis.index import forward_with_tokens
 from llb.analysis.masks import (best_overlap, contingency, foreground_ari, information, mask_scores, masks_on_patches,
                                 miou_hungarian, miou_many_to_one, pnmi)
 from llb.analysis.scenes import cut_out, make_scenes
 from llb.analysis.similarity import match_table
 from llb.core.errors import InputError
-from llb.data.images import Pictures
+from llb.data.images import ImageList
 from llb.models.backbone import BackboneOutput
-from llb.models.llb import LLBHead
+from llb.models.llb import LabelBranch
 
 RNG = np.random.default_rng(3)
 REGIONS = RNG.integers(-1, 4, (20, 30))
@@ -81,10 +81,10 @@ def test_bad_masks_are_named(call, words):
 
 def test_rollout_is_a_product_of_matrices():
     torch.manual_seed(0)
-    head = LLBHead(dim=16, num_heads=2, num_classes=3, num_objects=5, num_layers=4)
+    head = LabelBranch(dim=16, num_heads=2, num_classes=3, num_objects=5, num_layers=4)
     features = BackboneOutput(torch.randn(3, 4 + 6, 16), grid=(2, 3), num_prefix=4)   # registers before the patches
     maps = attention_maps(head, features)
-    assert maps.shape == (3, 3, 2, 7, 7) and head.label_blocks[0].attn.fused_attn == LLBHead(16, 2, 3, 5, 2).label_blocks[0].attn.fused_attn
+    assert maps.shape == (3, 3, 2, 7, 7) and head.label_blocks[0].attn.fused_attn == LabelBranch(16, 2, 3, 5, 2).label_blocks[0].attn.fused_attn
     for b in range(3):
         total = torch.eye(7)
         for layer in range(3): total = (maps[b, layer].mean(0) + torch.eye(7)) / 2 @ total
@@ -97,14 +97,14 @@ def test_rollout_is_a_product_of_matrices():
 
 def test_look_leaves_no_hook_after_an_error():
     class Broken:
-        head = LLBHead(dim=16, num_heads=2, num_classes=3, num_objects=5, num_layers=2)
+        branch = LabelBranch(dim=16, num_heads=2, num_classes=3, num_objects=5, num_layers=2)
         def features(self, images): raise RuntimeError("no")
     from llb.core.distributed import Runtime
-    with pytest.raises(RuntimeError): look(Broken(), {"image": torch.zeros(1)}, Runtime(torch.device("cpu")))
-    assert not Broken.head.norm._forward_hooks
+    with pytest.raises(RuntimeError): forward_with_tokens(Broken(), {"image": torch.zeros(1)}, Runtime(torch.device("cpu")))
+    assert not Broken.branch.norm._forward_hooks
 
 
-def test_the_sample_is_uniform_over_places_and_pictures():
+def test_the_sample_is_uniform_over_places_and_images():
     sample = PatchSample(2, 200)
     objects, confidence = np.zeros((5000, 16), int), np.linspace(0, 1, 5000)[:, None].repeat(16, 1)
     for part in np.array_split(np.arange(5000), 13): sample.add(part, objects[part], confidence[part])
@@ -128,10 +128,10 @@ def test_scenes_say_what_every_pixel_is(tmp_path):
         drawn[12:48, 15:45] = colour
         drawn[25:32, 26:33] = 255   # a white shirt
         Image.fromarray(drawn).save(tmp_path / f"{c}.png")
-    pictures = Pictures(tmp_path, tuple(f"{c}.png" for c in "abcd"), (0, 1, 2, 3), tuple("abcd"), tuple("abcd"))
-    assert cut_out(np.asarray(pictures.open(0)))[28, 29] and not cut_out(np.asarray(pictures.open(0)))[5, 5]
+    images = ImageList(tmp_path, tuple(f"{c}.png" for c in "abcd"), (0, 1, 2, 3), tuple("abcd"), tuple("abcd"))
+    assert cut_out(np.asarray(images.open(0)))[28, 29] and not cut_out(np.asarray(images.open(0)))[5, 5]
     for kind in "white", "flat", "noise":
-        scenes = make_scenes(pictures, 5, 112, kind, things=(4, 4))
+        scenes = make_scenes(images, 5, 112, kind, things=(4, 4))
         for image, category in zip(scenes.images, scenes.categories):
             assert set(np.unique(category)) == {0, 1, 2, 3, 4}
             for c, channel in (1, 0), (2, 1), (3, 2):

@@ -1,4 +1,4 @@
-"""One contract for every trunk, the release's method names, and what is refused."""
+"""One contract for every backbone, the release's method names, and what is refused."""
 import os
 import urllib.error
 
@@ -32,7 +32,7 @@ def test_contract(name, prefix, patch, tmp_path):
     b = load_backbone(name, pretrained=False, image_size=size)
     images, layer = torch.randn(2, 3, *size), b.depth - 1
     seen = []
-    hook = b.trunk.blocks[layer - 1].register_forward_hook(lambda m, i, o: seen.append(o))
+    hook = b.vit.blocks[layer - 1].register_forward_hook(lambda m, i, o: seen.append(o))
     out = b(images, layer)
     hook.remove()
     assert b.grid == out.grid == (3, 2) and out.num_prefix == b.num_prefix == prefix
@@ -40,7 +40,7 @@ def test_contract(name, prefix, patch, tmp_path):
     assert torch.equal(out.tokens, seen[0])                       # exactly the block's output, prefix tokens first
     assert out.visual_features.shape == (2, b.num_features)
     if b.num_classes:
-        assert torch.equal(out.visual_logits, b.trunk(images))
+        assert torch.equal(out.visual_logits, b.vit(images))
     else:
         assert out.visual_logits is None
     early = b(images, layer, visual=False)
@@ -48,11 +48,11 @@ def test_contract(name, prefix, patch, tmp_path):
 
     if name in LARGE:
         return
-    # a file of this trunk gives the same trunk, also at another size and for another number of classes
-    save_file(b.trunk.state_dict(), tmp_path / "trunk.safetensors")
-    again = load_backbone(name, checkpoint=tmp_path / "trunk.safetensors", image_size=size)
+    # a file of this backbone gives the same backbone, also at another size and for another number of classes
+    save_file(b.vit.state_dict(), tmp_path / "backbone.safetensors")
+    again = load_backbone(name, checkpoint=tmp_path / "backbone.safetensors", image_size=size)
     assert torch.equal(again(images, layer).tokens, out.tokens) and again.content_hash() == b.content_hash()
-    other = load_backbone(name, checkpoint=tmp_path / "trunk.safetensors", image_size=size[::-1], num_classes=17)
+    other = load_backbone(name, checkpoint=tmp_path / "backbone.safetensors", image_size=size[::-1], num_classes=17)
     assert other.grid == (2, 3) and other.num_classes in (0, 17)
     assert other(torch.randn(1, 3, width, height), layer).patches.shape == (1, 6, b.dim)
 
@@ -132,11 +132,11 @@ def test_methods(key):
         b = load_backbone(key.upper(), pretrained=False)
     classes = {"in1k": 1000, "plc365": 365, "inat18": 8142}[method.name.rsplit("_", 1)[1]]
     head = (b.dim + 1) * (classes - 1000)
-    assert sum(p.numel() for p in b.trunk.parameters()) == COUNTS[f"{method.family}/{method.size}"] + head
+    assert sum(p.numel() for p in b.vit.parameters()) == COUNTS[f"{method.family}/{method.size}"] + head
     assert b.num_classes == classes and b.name == key and b.source == "random" and not b.reloadable
     sizes = {"Base": 384, "Large": 512, "Huge": 518} if method.family == "swag" else {}
     assert b.image_size == (sizes.get(method.size, 224),) * 2
-    assert (b.trunk.global_pool == "avg") == (method.family == "mae") == isinstance(b.trunk.fc_norm, torch.nn.LayerNorm)
+    assert (b.vit.global_pool == "avg") == (method.family == "mae") == isinstance(b.vit.fc_norm, torch.nn.LayerNorm)
     p = b.preprocessing
     assert (p.mean, p.std, p.crop_pct, p.interpolation) == {
         "augreg": ((.5,) * 3, (.5,) * 3, .9, "bicubic"), "mae": ((.485, .456, .406), (.229, .224, .225), .875, "bicubic"),

@@ -30,7 +30,7 @@ TINY = """
 from llb.runs.config import Config
 from llb.runs.processes import attach, start
 from llb.apps.monitor import RunMonitor
-config = Config(backbone="test_vit.r160_in1k", random_trunk=True, image_size=64, num_objects=8, num_layers=2, target_layer=2, epochs={epochs}, batch_size=64,
+config = Config(backbone="test_vit.r160_in1k", random_backbone=True, image_size=64, num_objects=8, num_layers=2, target_layer=2, epochs={epochs}, batch_size=64,
                 augment="none", cache=True, workers=0, log_every=1, device="cpu", save_dir="runs", name="{name}")
 """
 SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"},   # cells out of sight stay in the page, to be read
@@ -146,14 +146,14 @@ def lab(chromium, tmp_path, request):
     assert not [p for run in runs(folder / "runs") for p in run.processes()]
 
 
-def test_saved_pictures_show_without_a_kernel(lab):
+def test_saved_images_show_without_a_kernel(lab):
     shutil.copy(ROOT / "nbs/guides/quickstart.ipynb", lab.folder)
     lab.open("quickstart.ipynb")
-    pictures = lab.panel.locator(".jp-OutputArea img")
-    until(lambda: pictures.count() >= 2, "the stored pictures")
-    for i in range(pictures.count()): assert pictures.nth(i).evaluate("x => x.naturalWidth") > 100
+    images = lab.panel.locator(".jp-OutputArea img")
+    until(lambda: images.count() >= 2, "the stored images")
+    for i in range(images.count()): assert images.nth(i).evaluate("x => x.naturalWidth") > 100
     lab.page.locator(".jp-OutputArea img").nth(1).scroll_into_view_if_needed()
-    lab.shot("pictures")
+    lab.shot("images")
 
 
 def test_start_stop_and_resume_by_button(lab):
@@ -273,7 +273,7 @@ def test_two_notebooks_train_at_once(lab):
     assert found[1].stop().name == "stopped"
 
 
-def test_guide_runs_from_top_to_end_and_keeps_its_pictures(lab):
+def test_guide_runs_from_top_to_end_and_keeps_its_images(lab):
     (lab.folder / "nbs/guides").mkdir(parents=True)
     guide = lab.folder / "nbs/guides/train_on_many_gpus.ipynb"
     shutil.copy(ROOT / "nbs/guides" / guide.name, guide)
@@ -290,6 +290,6 @@ def test_guide_runs_from_top_to_end_and_keeps_its_pictures(lab):
     saved = lab.folder / f"saved-{uuid.uuid4().hex[:6]}.ipynb"   # under another name no kernel knows it
     shutil.copy(guide, saved)
     lab.open(saved.name)
-    until(lambda: lab.panel.locator("img[alt^='Assignment maps']").count() >= 1, "the pictures of the saved notebook")
+    until(lambda: lab.panel.locator("img[alt^='Assignment maps']").count() >= 1, "the images of the saved notebook")
     lab.panel.locator("img[alt^='Assignment maps']").last.scroll_into_view_if_needed()
     lab.shot("saved")

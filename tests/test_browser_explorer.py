@@ -28,7 +28,7 @@ def run(tmp_path_factory):
     from llb.analysis.effects import effects_of_run
     from llb.train import train
     folder = tmp_path_factory.mktemp("runs")
-    train(Config(backbone="test_vit.r160_in1k", random_trunk=True, image_size=160, num_objects=24, num_layers=2, target_layer=2, epochs=1, batch_size=64, augment="none",
+    train(Config(backbone="test_vit.r160_in1k", random_backbone=True, image_size=160, num_objects=24, num_layers=2, target_layer=2, epochs=1, batch_size=64, augment="none",
                  cache=True, workers=0, device="cpu", save_dir=str(folder), name="tiny"))
     effects_of_run(folder / "tiny", device="cpu")
     return folder / "tiny"
@@ -75,7 +75,7 @@ def test_from_a_click_to_an_exported_gallery(lab, run):  # noqa: F811
     index = open_index(run / "objects/val")
     picker = explore(lab, run)
     panel = lab.panel
-    assert colours(picker) > 50 and colours(picker, "picture") > 20
+    assert colours(picker) > 50 and colours(picker, "image") > 20
     assert not panel.locator("[data-llb-stand-in]").first.is_visible()
     lab.shot("opened")
 
@@ -83,10 +83,10 @@ def test_from_a_click_to_an_exported_gallery(lab, run):  # noqa: F811
     patch, k = other_patch(index, 0, first)
     click(picker, index, patch)
     row, column = divmod(patch, index.grid[1])
-    lab.see(f"Picture 0, row {row + 1}, column {column + 1}: p {index.map(0)[1][patch]:.2f}")
+    lab.see(f"Image 0, row {row + 1}, column {column + 1}: p {index.map(0)[1][patch]:.2f}")
     assert panel.locator("h3").first.inner_text() == f"object {k}" and f"{index.patches[k]:,.0f} patches" in lab.text()
     assert line(lab) == f"row {row + 1}, column {column + 1}: object {k}, p {index.map(0)[1][patch]:.2f}"
-    click(picker, index, 0, "picture")
+    click(picker, index, 0, "image")
     until(lambda: line(lab).startswith("row 1, column 1:"), "the patch under the mouse")
     lab.shot("clicked")
 
@@ -136,18 +136,18 @@ def test_from_a_click_to_an_exported_gallery(lab, run):  # noqa: F811
     label = tile.get_attribute("aria-label")
     tile.focus()
     lab.page.keyboard.press("Enter")
-    number = re.match(r"picture (\d+),", label)[1]
-    until(lambda: picker.get_attribute("data-drawn") == number and f"Picture {number}," in lab.text(), f"picture {number} of the tile")
+    number = re.match(r"image (\d+),", label)[1]
+    until(lambda: picker.get_attribute("data-drawn") == number and f"Image {number}," in lab.text(), f"image {number} of the tile")
 
     panel.get_by_role("tab", name="branches").click()
     lab.press("count")
-    lab.see(f"n = {len(index)} pictures")
+    lab.see(f"n = {len(index)} images")
     lab.shot("branches")
     panel.get_by_role("tab", name="classes").click()
     panel.get_by_label("class", exact=True).select_option(index=4)
     lab.shot("classes")
     panel.get_by_role("tab", name="export").click()
-    for view, kind in ("picture", "png"), ("object", "svg"), ("gallery", "html"):
+    for view, kind in ("image", "png"), ("object", "svg"), ("gallery", "html"):
         panel.get_by_label("view").select_option(view)
         panel.get_by_label("as", exact=True).select_option(kind)
         lab.press("export")
@@ -215,7 +215,7 @@ def test_scrolled_away_and_back_under_full_windowing(full_windowing, lab, run): 
     until(lambda: lab.panel.locator("h3").first.inner_text() == f"object {k}", "a click after coming back")
 
 
-def test_a_saved_notebook_shows_its_pictures_without_a_kernel(lab, run):  # noqa: F811
+def test_a_saved_notebook_shows_its_images_without_a_kernel(lab, run):  # noqa: F811
     explore(lab, run)
     lab.command("docmanager:save")
     until(lambda: "data-llb-stand-in" in (lab.folder / "a.ipynb").read_text(), "the notebook to be saved")
@@ -223,8 +223,8 @@ def test_a_saved_notebook_shows_its_pictures_without_a_kernel(lab, run):  # noqa
     saved = lab.folder / f"saved-{uuid.uuid4().hex[:6]}.ipynb"   # under another name no kernel knows it
     shutil.copy(lab.folder / "a.ipynb", saved)
     lab.open(saved.name)
-    shown = lab.panel.locator("img[alt^='Picture 0 of tiny']")
-    until(lambda: shown.count() == 1 and shown.is_visible(), "the picture that stands in")
+    shown = lab.panel.locator("img[alt^='Image 0 of tiny']")
+    until(lambda: shown.count() == 1 and shown.is_visible(), "the image that stands in")
     assert shown.evaluate("x => x.naturalWidth") > 500 and lab.panel.locator("img[alt^='Gallery of object']").is_visible()
     lab.problems.clear()   # JupyterLab says that the widget's model is gone
     lab.shot("saved")
@@ -248,7 +248,7 @@ LATENCY = """async ([patches, w, h]) => {
 
 
 def test_a_click_takes_less_than_a_blink(lab, tmp_path):  # noqa: F811
-    "50,000 pictures, K = 2,048, 1,000 classes: from the mouse to the numbers, and to the gallery, in the page."
+    "50,000 images, K = 2,048, 1,000 classes: from the mouse to the numbers, and to the gallery, in the page."
     from explorer import synthetic_index
     index = synthetic_index(tmp_path / "big/index")
     write_notebook(lab.folder / "a.ipynb", f"from llb.apps.explorer import Explorer\nfrom llb.analysis.index import open_index\nExplorer(open_index({str(tmp_path / 'big/index')!r}))")
@@ -261,7 +261,7 @@ def test_a_click_takes_less_than_a_blink(lab, tmp_path):  # noqa: F811
     patches = [int(p) for p in np.random.default_rng(0).permutation(patches)[:21]]
     times = lab.page.evaluate(LATENCY, [patches, index.grid[1], index.grid[0]])[1:]
     again = lab.page.evaluate(LATENCY, [patches, index.grid[1], index.grid[0]])[1:]
-    for name, found in ("new pictures", times), ("pictures in memory", again):
+    for name, found in ("new images", times), ("images in memory", again):
         text, whole = ([t[n] for t in found if t[n] is not None] for n in (0, 1))
         print(f"click, {name}: numbers after {statistics.median(text):.0f} ms, gallery after {statistics.median(whole):.0f} ms (medians of {len(whole)}), "
               f"slowest {max(whole):.0f} ms; load {os.getloadavg()[0]:.1f}")

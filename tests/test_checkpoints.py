@@ -201,7 +201,7 @@ def write_module(path, target): torch.save(torch.nn.Linear(2, 2), path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("write", [write_pickle, write_torch, write_old_torch, write_module])
-@pytest.mark.parametrize("name", ["trunk.pth", "trunk.bin", "trunk.safetensors"])
+@pytest.mark.parametrize("name", ["backbone.pth", "backbone.bin", "backbone.safetensors"])
 def test_no_code_is_run_from_a_file(write, name, tmp_path):
     from llb.models.backbone import load_backbone
     target = tmp_path / "it_ran"
@@ -211,11 +211,11 @@ def test_no_code_is_run_from_a_file(write, name, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_code_is_run_by_the_command(pictures, tmp_path, start):
+def test_no_code_is_run_by_the_command(images, tmp_path, start):
     target = tmp_path / "it_ran"
-    write_torch(tmp_path / "trunk.pth", target)
-    run = start(sys.executable, "-m", "llb.train", *flags(dataset="ImageFolder", data_dir=pictures, backbone="test_vit", image_size=32, save_dir=tmp_path,
-                                                        checkpoint=tmp_path / "trunk.pth")).finish()
+    write_torch(tmp_path / "backbone.pth", target)
+    run = start(sys.executable, "-m", "llb.train", *flags(dataset="ImageFolder", data_dir=images, backbone="test_vit", image_size=32, save_dir=tmp_path,
+                                                        checkpoint=tmp_path / "backbone.pth")).finish()
     assert run.code == 2 and run.err.startswith("error: ") and run.err.count("\n") == 1 and not target.exists()
 
 

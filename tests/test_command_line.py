@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 OURS = set("""alpha amp augment backbone batch_size cache checkpoint class_num clip_grad data_dir dataset decay_all device diversity_weight drop_path
 epochs eval gamma image_size local_diversity log_every loggers lr lr_min lr_scheduler micro_batches milestones momentum name num_layers num_objects nv_weights
-objective opt overwrite random_trunk resume save save_dir save_every seed selection_fraction skip_corrupt step_size t_max target_layer temperature timeout
+objective opt overwrite random_backbone resume save save_dir save_every seed selection_fraction skip_unreadable step_size t_max target_layer temperature timeout
 visual_lr warmup_epochs weight_decay workers""".split())
 
 RELEASE = {  # the release's flag, as typed: what it sets here, or None where it describes what is always done
@@ -95,17 +95,17 @@ def test_the_release_command_runs_on_an_imagenet_layout(tmp_path):
         for i, name in enumerate(classes):
             (tmp_path / "imagenet" / split / name).mkdir(parents=True)
             for j in range(4):
-                picture = Image.new("RGB", (40, 30), (50 * i, 30 * j, 90))
-                picture.save(tmp_path / "imagenet" / split / name / f"{split}_{i}_{j}.JPEG")
+                image = Image.new("RGB", (40, 30), (50 * i, 30 * j, 90))
+                image.save(tmp_path / "imagenet" / split / name / f"{split}_{i}_{j}.JPEG")
     flags = ("--amp --seed 123 --save --method timm_augreg_in21k_ft_in1k --encoder ViT --vit_size Tiny --transfer --freeze --alpha 0.8 "
              "--num_nvit_layers 2 --target_layer 11 --object_size 16 --dataset ImageNet --batch_size 4 --epochs 2 "
              "--lr_scheduler CosineAnnealingLR --opt Adam").split()
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "llb.train", *flags, "--random_trunk",
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "llb.train", *flags, "--random_backbone",
            "--class_num", "5", "--data_dir", str(tmp_path / "imagenet"), "--save_dir", str(tmp_path / "runs"), "--name", "r", "--workers", "0"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert "randomly initialised" in done.stdout
     about = json.loads((tmp_path / "runs/r/config.json").read_text())
-    assert about["trunk"]["source"] == "random" and about["processes"] == 2 and about["global_batch"] == 8
+    assert about["backbone"]["source"] == "random" and about["processes"] == 2 and about["global_batch"] == 8
     metrics = json.loads((tmp_path / "runs/r/metrics.json").read_text())
     assert metrics["seen"]["unique"] == 20 and metrics["alpha"] == {"value": 0.8, "chosen": "was given"}

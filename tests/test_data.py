@@ -1,4 +1,4 @@
-"""The bundled pictures keep their promises; a user's folder is read exactly or refused with a sentence."""
+"""The bundled images keep their promises; a user's folder is read exactly or refused with a sentence."""
 import csv
 import errno
 import os
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import draw, make_pictures
+from conftest import draw, make_images
 from PIL import Image
 
 from llb.core.errors import InputError
-from llb.data.batches import make_loader, PictureDataset, TrainBatches
-from llb.data.images import CorruptPicture, decode, scan_folder
+from llb.data.batches import make_loader, ImageDataset, TrainBatches
+from llb.data.images import UnreadableImage, decode, scan_folder
 from llb.data.splits import check_labels, load_data
-from llb.data.unreadable import find_corrupt, known_corrupt, without_corrupt
+from llb.data.unreadable import find_unreadable, known_unreadable, without_unreadable
 from llb.runs.build import make_data
 from llb.runs.config import Config
 
@@ -60,41 +60,41 @@ def test_no_two_bundled_files_are_equal_across_splits():
     assert not train & val
 
 
-def test_every_bundled_picture_decodes():
+def test_every_bundled_image_decodes():
     for split in "train", "val":
-        pictures = scan_folder(CLIPART, split)
-        assert find_corrupt(pictures.paths) == {}
-    assert pictures.open(0).size == (224, 224) and pictures.open(0).mode == "RGB"
+        images = scan_folder(CLIPART, split)
+        assert find_unreadable(images.paths) == {}
+    assert images.open(0).size == (224, 224) and images.open(0).mode == "RGB"
 
 
 # A user's own folder
 
-def test_folder_without_splits(pictures):
-    data = load_data(pictures)
+def test_folder_without_splits(images):
+    data = load_data(images)
     parts = [set(p.files) for p in (data.train, data.selection, data.val)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 60 and len(parts[2]) == 12
     assert data.classes == ("circle", "square", "triangle") and set(data.val.labels) == {0, 1, 2}
-    other = load_data(pictures, seed=1)   # the reported pictures do not depend on the seed, the selection does
+    other = load_data(images, seed=1)   # the reported images do not depend on the seed, the selection does
     assert other.val == data.val and other.selection.files != data.selection.files
 
 
 def test_folder_with_splits(tmp_path):
-    for split, n in ("train", 10), ("val", 4): make_pictures(tmp_path / split, n)
+    for split, n in ("train", 10), ("val", 4): make_images(tmp_path / split, n)
     data = load_data(tmp_path)
     assert len(data.train) + len(data.selection) == 30 and len(data.val) == 12
     assert all(f.startswith("val/") for f in data.val.files) and all(f.startswith("train/") for f in data.train.files + data.selection.files)
 
 
 def test_groups_of_a_user(tmp_path):
-    make_pictures(tmp_path / "train", 12)
-    make_pictures(tmp_path / "val", 2)
+    make_images(tmp_path / "train", 12)
+    make_images(tmp_path / "val", 2)
     files = sorted(p.relative_to(tmp_path).as_posix() for p in (tmp_path / "train").rglob("*.png"))
     with open(tmp_path / "index.csv", "w", newline="") as f: csv.writer(f).writerows([("path", "group"), *((p, i // 4) for i, p in enumerate(files))])
     data = load_data(tmp_path, selection_fraction=.3)
     assert not set(data.train.groups) & set(data.selection.groups) and len(data.selection) == 12   # one group of four of each class
 
 
-def only(tmp_path, *names, per_class=3): return make_pictures(tmp_path / "data", per_class, names)
+def only(tmp_path, *names, per_class=3): return make_images(tmp_path / "data", per_class, names)
 
 def a_file(tmp_path):
     (tmp_path / "data").write_text("no folder")
@@ -106,12 +106,12 @@ def empty_class(tmp_path):
     return folder
 
 def train_alone(tmp_path):
-    make_pictures(tmp_path / "data" / "train")
+    make_images(tmp_path / "data" / "train")
     return tmp_path / "data"
 
 def other_classes(tmp_path):
-    make_pictures(tmp_path / "data" / "train", 4)
-    make_pictures(tmp_path / "data" / "val", 4, ("circle", "hexagon"))
+    make_images(tmp_path / "data" / "train", 4)
+    make_images(tmp_path / "data" / "val", 4, ("circle", "hexagon"))
     return tmp_path / "data"
 
 def flat(tmp_path):
@@ -121,7 +121,7 @@ def flat(tmp_path):
 
 @pytest.mark.parametrize("make,words", [
     (lambda t: t / "nowhere", "no folder"), (a_file, "no folder"), (lambda t: only(t), "no folder"), (flat, "at least 2 classes"),
-    (lambda t: only(t, "circle"), "at least 2 classes"), (empty_class, "without a picture: void"), (train_alone, "no val"),
+    (lambda t: only(t, "circle"), "at least 2 classes"), (empty_class, "without an image: void"), (train_alone, "no val"),
     (other_classes, "hexagon"), (lambda t: only(t, "circle", "square", per_class=1), "too few"),
 ], ids=["missing", "file", "empty-missing", "flat", "one-class", "empty-class", "train-only", "other-classes", "too-few"])
 def test_bad_folder(make, words, tmp_path):
@@ -130,18 +130,18 @@ def test_bad_folder(make, words, tmp_path):
 
 
 def test_empty_folder(tmp_path):
-    with pytest.raises(InputError, match="0 pictures in 0 class folders"): load_data(tmp_path)
+    with pytest.raises(InputError, match="0 images in 0 class folders"): load_data(tmp_path)
 
 
-def test_class_count(pictures):
-    check_labels(load_data(pictures).train, 3)
-    with pytest.raises(InputError, match="has 3 classes, but 4 are expected"): make_data(Config(dataset="ImageFolder", data_dir=str(pictures), class_num=4))
+def test_class_count(images):
+    check_labels(load_data(images).train, 3)
+    with pytest.raises(InputError, match="has 3 classes, but 4 are expected"): make_data(Config(dataset="ImageFolder", data_dir=str(images), class_num=4))
 
 
 @pytest.mark.parametrize("hidden", ["", "circle", "circle/more"])
 def test_a_folder_that_cannot_be_read_is_named_simulated(hidden, tmp_path, monkeypatch):
     "SIMULATED: to the superuser, as whom tests may run, every folder is open."
-    root = make_pictures(tmp_path / "closed")
+    root = make_images(tmp_path / "closed")
     (root / "circle/more").mkdir()
     scandir, listdir = os.scandir, os.listdir
     def closed(call):
@@ -156,8 +156,8 @@ def test_a_folder_that_cannot_be_read_is_named_simulated(hidden, tmp_path, monke
 
 @pytest.fixture
 def broken(tmp_path):
-    "A folder with a truncated, an empty and a text file among its pictures."
-    folder = make_pictures(tmp_path / "broken")
+    "A folder with a truncated, an empty and a text file among its images."
+    folder = make_images(tmp_path / "broken")
     whole = (folder / "circle/03.png").read_bytes()
     (folder / "circle/03.png").write_bytes(whole[:len(whole) // 2])
     (folder / "square/04.png").write_bytes(b"")
@@ -172,14 +172,14 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_corrupt_pictures_are_found_and_left_out(broken, capsys, cache):
+def test_corrupt_images_are_found_and_left_out(broken, capsys, cache):
     data = load_data(broken)
-    clean, reasons = without_corrupt(data)
+    clean, reasons = without_unreadable(data)
     names = {"circle/03.png", "square/04.png", "triangle/05.png"}
     assert len(reasons) == 3 and all(any(n in r for r in reasons) for n in names)
     assert sum(map(len, (clean.train, clean.selection, clean.val))) == 57
     assert not names & {*clean.train.files, *clean.selection.files, *clean.val.files}
-    make_data(Config(dataset="ImageFolder", data_dir=str(broken), skip_corrupt=True))
+    make_data(Config(dataset="ImageFolder", data_dir=str(broken), skip_unreadable=True))
     captured = capsys.readouterr()
     said = captured.out + captured.err
     assert "3 unreadable" in said and all(n in said for n in names)
@@ -188,22 +188,22 @@ def test_corrupt_pictures_are_found_and_left_out(broken, capsys, cache):
 def test_what_a_check_found_is_remembered(broken, cache, monkeypatch):
     decoded = []
     monkeypatch.setattr("llb.data.unreadable.decode", lambda path: decoded.append(path) or decode(path))
-    config = Config(dataset="ImageFolder", data_dir=str(broken), skip_corrupt=True)
+    config = Config(dataset="ImageFolder", data_dir=str(broken), skip_unreadable=True)
     assert sum(map(len, vars(make_data(config)).values())) == 57 and len(decoded) == 60
     make_data(replace(config, seed=1))   # other splits of the same files
     assert len(decoded) == 60
-    with pytest.raises(InputError, match="3 of these pictures are known to be unreadable; the first: .*circle/03.png"):
-        make_data(replace(config, skip_corrupt=False))
+    with pytest.raises(InputError, match="3 of these images are known to be unreadable; the first: .*circle/03.png"):
+        make_data(replace(config, skip_unreadable=False))
     shutil.copy(broken / "circle/02.png", broken / "circle/03.png")
     assert sum(map(len, vars(make_data(config)).values())) == 58 and len(decoded) == 120
     for note in (cache / "checked").iterdir(): note.write_text('{"tor')
-    assert known_corrupt(make_data(config)) is None and len(decoded) == 180   # what is left was never checked as such
+    assert known_unreadable(make_data(config)) is None and len(decoded) == 180   # what is left was never checked as such
 
 
 def test_a_cache_that_cannot_be_written(broken, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LLB_CACHE", str(tmp_path / "file"))
-    assert len(without_corrupt(load_data(broken))[1]) == 3 and "cannot be remembered" in capsys.readouterr().out
+    assert len(without_unreadable(load_data(broken))[1]) == 3 and "cannot be remembered" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -216,42 +216,42 @@ def test_check_data_command(flags, broken, tmp_path, start):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_picture_is_named_in_one_sentence(workers, broken):
-    pictures = scan_folder(broken)
-    with pytest.raises(CorruptPicture) as met:
-        for _ in make_loader(PictureDataset(pictures, lambda p: torch.zeros(1)), TrainBatches(60, 4, 0), workers): pass
+def test_a_corrupt_image_is_named_in_one_sentence(workers, broken):
+    images = scan_folder(broken)
+    with pytest.raises(UnreadableImage) as met:
+        for _ in make_loader(ImageDataset(images, lambda p: torch.zeros(1)), TrainBatches(60, 4, 0), workers): pass
     text = str(met.value)
     assert re.match(rf"{re.escape(str(broken))}/\w+/0[345]\.png cannot be decoded \(.+\.$", text) and "\n" not in text and "Traceback" not in text
 
 
 @pytest.mark.parametrize("factor", [1.5, 5], ids=["beyond the limit", "far beyond"])
 def test_decompression_bomb(factor, tmp_path, monkeypatch):
-    folder = make_pictures(tmp_path / "bomb", 4)
+    folder = make_images(tmp_path / "bomb", 4)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)   # a stand-in for the true limit, so that the bomb is small
     Image.new("RGB", (round(3000 * factor / 50), 50)).save(folder / "circle/01.png")
-    pictures = scan_folder(folder)
-    bomb = pictures.files.index("circle/01.png")
+    images = scan_folder(folder)
+    bomb = images.files.index("circle/01.png")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with pytest.raises(CorruptPicture, match="circle/01.png"): pictures.open(bomb)
-        assert list(find_corrupt(pictures.paths)) == [str(pictures.paths[bomb])]
-    assert pictures.open(0).size == (40, 40)
+        with pytest.raises(UnreadableImage, match="circle/01.png"): images.open(bomb)
+        assert list(find_unreadable(images.paths)) == [str(images.paths[bomb])]
+    assert images.open(0).size == (40, 40)
 
 
 def test_a_true_decompression_bomb(tmp_path):
-    folder = make_pictures(tmp_path / "bomb", 4)
+    folder = make_images(tmp_path / "bomb", 4)
     Image.new("1", (20000, 20000)).save(folder / "circle/01.png")   # 50 kB, 400 million pixels
-    with pytest.raises(CorruptPicture, match="circle/01.png.*[Bb]omb"): scan_folder(folder).open(1)
+    with pytest.raises(UnreadableImage, match="circle/01.png.*[Bb]omb"): scan_folder(folder).open(1)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "CMYK", "I;16"])
-def test_every_kind_of_picture_becomes_rgb(mode, tmp_path):
-    folder = make_pictures(tmp_path / "modes", 4)
+def test_every_kind_of_image_becomes_rgb(mode, tmp_path):
+    folder = make_images(tmp_path / "modes", 4)
     suffix = ".tif" if mode in ("CMYK", "I;16") else ".png"
     Image.new(mode, (30, 20)).save(folder / "circle" / f"09{suffix}")
-    pictures = scan_folder(folder)
-    picture = pictures.open(pictures.files.index(f"circle/09{suffix}"))
-    assert picture.mode == "RGB" and picture.size == (30, 20)
+    images = scan_folder(folder)
+    image = images.open(images.files.index(f"circle/09{suffix}"))
+    assert image.mode == "RGB" and image.size == (30, 20)
 
 
 ODD = ["<script>alert(1)</script>".replace("/", "∕"), "a b", "déjà vu 猫", "it's \"quoted\"", "100%", "{x}", "--flag", "a;b&c"]
@@ -263,15 +263,15 @@ def test_odd_class_and_file_names(tmp_path):
         (tmp_path / name).mkdir()
         for odd in ODD: draw("circle", rng).save(tmp_path / name / f"{odd}.png")
     (tmp_path / ".hidden").mkdir()
-    (tmp_path / "a b" / "notes.txt").write_text("not a picture")
+    (tmp_path / "a b" / "notes.txt").write_text("not an image")
     data = load_data(tmp_path)
-    assert data.classes == tuple(sorted(ODD)) and find_corrupt(data.train.paths) == {}
+    assert data.classes == tuple(sorted(ODD)) and find_unreadable(data.train.paths) == {}
     assert sum(map(len, (data.train, data.selection, data.val))) == 64
     for file, label in zip(data.train.files, data.train.labels): assert file.split("/")[0] == data.classes[label]
 
 
 def test_fingerprint_sees_names_labels_and_sizes(tmp_path):
-    folder = make_pictures(tmp_path / "a", 4)
+    folder = make_images(tmp_path / "a", 4)
     first = scan_folder(folder)
     assert shutil.copytree(folder, tmp_path / "b") and scan_folder(tmp_path / "b").fingerprint() == first.fingerprint()   # not the place
     before, plain = first.fingerprint(), first.fingerprint(sizes=False)
@@ -284,9 +284,9 @@ def test_fingerprint_sees_names_labels_and_sizes(tmp_path):
 WITH_WORKERS = """
 import os, signal, sys, time
 from pathlib import Path
-from llb.data.batches import PictureDataset, TrainBatches, make_loader; from llb.data.images import scan_folder
-def slow(picture): time.sleep(.05); return 0
-loader = make_loader(PictureDataset(scan_folder(sys.argv[1]), slow), TrainBatches(60, 2, 0), workers=2)
+from llb.data.batches import ImageDataset, TrainBatches, make_loader; from llb.data.images import scan_folder
+def slow(image): time.sleep(.05); return 0
+loader = make_loader(ImageDataset(scan_folder(sys.argv[1]), slow), TrainBatches(60, 2, 0), workers=2)
 batches = iter(loader)
 next(batches)
 workers = [p.pid for p in batches._workers]
@@ -300,7 +300,7 @@ keep = iter(loader); next(keep)   # the program ends, or fails, with its loader 
 
 
 @pytest.mark.slow
-def test_loader_workers_obey_their_parent_only(pictures, start):
-    run = start(sys.executable, "-c", WITH_WORKERS, pictures).finish(40)
+def test_loader_workers_obey_their_parent_only(images, start):
+    run = start(sys.executable, "-c", WITH_WORKERS, images).finish(40)
     assert run.out == "29 True\n" and run.code == 1 and "ZeroDivisionError" in run.err
     run.wait_until_gone()

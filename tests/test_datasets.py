@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 
 from llb.core.errors import InputError
 from llb.data.datasets import load_dataset, real_labels
-from llb.data.images import Pictures
+from llb.data.images import ImageList
 from llb.training.evaluate import format_table, report_metrics
 from llb.training.metrics import ALPHAS, Scores, set_accuracy
 
@@ -20,14 +20,14 @@ SYNSETS = (files("timm.data") / "_info" / "imagenet_synsets.txt").read_text().sp
 
 
 def tree(root, *paths, mode="RGB"):
-    """Tiny pictures at the given paths; all but one of each folder are links to one file."""
-    picture = root / ".picture.jpg"
-    if not picture.exists():
+    """Tiny images at the given paths; all but one of each folder are links to one file."""
+    image = root / ".image.jpg"
+    if not image.exists():
         root.mkdir(parents=True, exist_ok=True)
-        Image.new(mode, (8, 8), 90 if mode == "L" else (90, 10, 10)).save(picture)
+        Image.new(mode, (8, 8), 90 if mode == "L" else (90, 10, 10)).save(image)
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).hardlink_to(picture)
+        (root / path).hardlink_to(image)
     return root
 
 
@@ -76,7 +76,7 @@ def test_imagenet_refuses(tmp_path):
     flat = tree(tmp_path / "b", f"train/{SYNSETS[0]}/1.JPEG", f"train/{SYNSETS[1]}/1.JPEG", "val/ILSVRC2012_val_00000001.JPEG")
     with pytest.raises(InputError, match="sorted into one folder a class"): load_dataset("ImageNet", flat, class_num=2)
     (root / "train" / SYNSETS[7]).mkdir()
-    with pytest.raises(InputError, match="hold no picture"): load_dataset("ImageNet", root, class_num=4)
+    with pytest.raises(InputError, match="hold no image"): load_dataset("ImageNet", root, class_num=4)
 
 
 # Places365
@@ -174,7 +174,7 @@ def test_inat_all_categories(tmp_path):
     ("different categories", dict(categories=lambda a: [c for c in a if c["id"] != 5])),
     ("category 99, which it does not name", dict(annotations=lambda a: [{**a[0], "category_id": 99}, *a[1:]])),
     ("not 0, 1, 2", dict(categories=lambda a: [{**c, "id": c["id"] + 1} for c in a])),
-    ("1 of 36 listed pictures", dict(images=lambda a: [{**a[0], "file_name": "train_val2018/Aves/0/gone.jpg"}, *a[1:]])),
+    ("1 of 36 listed images", dict(images=lambda a: [{**a[0], "file_name": "train_val2018/Aves/0/gone.jpg"}, *a[1:]])),
     ("no images, annotations and categories", dict(images=lambda a: 7)),
 ])
 def test_inat_refuses(tmp_path, message, changes):
@@ -190,7 +190,7 @@ def test_inat_wrong_count_and_missing_files(tmp_path):
 
 # all
 
-def test_grey_pictures_come_out_in_colour(tmp_path):
+def test_grey_images_come_out_in_colour(tmp_path):
     root = tree(tmp_path, *(f"{s}/{c}/{i}.jpg" for s in ("train", "val") for c in SYNSETS[:2] for i in range(4)), mode="L")
     data = load_dataset("ImageNet", root, class_num=2)
     with Image.open(root / data.train.files[0]) as raw: assert raw.mode == "L"
@@ -226,7 +226,7 @@ def test_real_agrees_with_timm_on_all_names(tmp_path):
         if labels[i] and row % 3: logits[row, labels[i][-1]] += 5.
     theirs = RealLabelsImagenet(names)
     theirs.add_result(logits)
-    accepted = real_labels(Pictures(tmp_path, names, (0,) * 50_000, tuple(SYNSETS), names))
+    accepted = real_labels(ImageList(tmp_path, names, (0,) * 50_000, tuple(SYNSETS), names))
     assert sum(x is not None for x in accepted) == 46_837
     ours = set_accuracy(scores_of(logits, np.zeros(50_000, int)), accepted, .5)
     assert np.isclose(100 * ours, theirs.get_accuracy(1), atol=1e-9) and .5 < ours < .9

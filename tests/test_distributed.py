@@ -18,7 +18,7 @@ def results(tmp_path_factory):
     "What each process of 1, 2 and 3 found, by world size."
     folder, script = tmp_path_factory.mktemp("ranks"), Path(__file__).with_name("ranks.py")
     for i in range(11): Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
-    for i in 3, 4, 10: (folder / f"{i}.png").write_bytes(b"not a picture")
+    for i in 3, 4, 10: (folder / f"{i}.png").write_bytes(b"not an image")
     for n in 1, 2, 3:
         launcher = [] if n == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
         done = subprocess.run([sys.executable, *launcher, script, folder], capture_output=True, text=True, timeout=120)
@@ -71,7 +71,7 @@ def test_evaluation_does_not_depend_on_processes(processes, results):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_each_process_checks_its_share_of_the_pictures(processes, results):
+def test_each_process_checks_its_share_of_the_images(processes, results):
     found = [rank["corrupt"] for rank in results[processes]]
     assert all(f["found"] == ["10.png", "3.png", "4.png"] for f in found) and sum(f["read"] for f in found) == 11
     assert max(f["read"] for f in found) - min(f["read"] for f in found) <= 1

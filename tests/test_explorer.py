@@ -1,4 +1,4 @@
-"""The explorer's answers without a browser: names from anyone, pictures that are gone, two threads, colours that everybody can tell apart."""
+"""The explorer's answers without a browser: names from anyone, images that are gone, two threads, colours that everybody can tell apart."""
 import json
 import sys
 import threading
@@ -14,14 +14,14 @@ from matplotlib.colors import to_rgb
 
 from llb.analysis.effects import build_effects
 from llb.analysis.index import build_index, open_index
-from llb.apps.catalog import (Catalog, cell_pictures, draw_class, elsewhere, find_objects, object_html, objects_of,
+from llb.apps.catalog import (Catalog, cell_images, draw_class, elsewhere, find_objects, object_html, objects_of,
                               predictions)
 from llb.apps.explorer import Explorer
 from llb.apps.html import Album, gallery_page
 from llb.core.distributed import Runtime
 from llb.core.errors import InputError
-from llb.data.batches import EvalBatches, make_loader, PictureDataset
-from llb.data.images import Pictures
+from llb.data.batches import EvalBatches, make_loader, ImageDataset
+from llb.data.images import ImageList
 from llb.data.preprocessing import Preprocessing
 from llb.data.splits import load_data
 from llb.models.backbone import load_backbone
@@ -46,7 +46,7 @@ def model():
 def index(model, tmp_path_factory):
     few = CLIPART.take(range(0, 600, 10))
     few = replace(few, labels=tuple(i % 4 for i in range(len(few))), classes=NASTY)
-    loader = make_loader(PictureDataset(few, model.backbone.transform()), EvalBatches(len(few), 16))
+    loader = make_loader(ImageDataset(few, model.backbone.transform()), EvalBatches(len(few), 16))
     made = build_index(model, loader, tmp_path_factory.mktemp("run") / "objects" / "val", RUNTIME)
     build_effects(model, loader, made, RUNTIME, 3)
     return made
@@ -60,7 +60,7 @@ def explorer(index):
 
 def shown(explorer):
     "All HTML that the explorer shows, and all its texts."
-    parts = explorer.picture_part, explorer.object_part, explorer.list_part, explorer.class_part, explorer.branch_part, explorer.export_part
+    parts = explorer.image_part, explorer.object_part, explorer.list_part, explorer.class_part, explorer.branch_part, explorer.export_part
     return "".join(w.value for p in parts for w in vars(p).values() if type(w).__name__ == "HTML") + explorer.alert.value + explorer.stand_in()
 
 
@@ -69,32 +69,32 @@ def test_names_from_anyone_stay_text(explorer, index, tmp_path):
         explorer.object_part.name.value = name
         explorer.open(int(index.patches.argmin()))
         explorer.open(int(index.patches.argmax()))
-    explorer.branch_part.look.click()
+    explorer.branch_part.forward_with_tokens.click()
     explorer.object_part.link.value = NASTY[0]
     explorer.export_part.export()
     page = explorer.export("gallery", "html", tmp_path).read_text()
     for text in shown(explorer), page, gallery_page(index, range(12), {k: NASTY[0] for k in range(12)}):
         assert "<img src=x" not in text and "&lt;img src=x" in text
-    for view in "picture", "object", "class", "branches": assert explorer.export(view, "svg", tmp_path).stat().st_size > 1000
+    for view in "image", "object", "class", "branches": assert explorer.export(view, "svg", tmp_path).stat().st_size > 1000
 
 
 def test_the_object_under_a_click_is_the_index_s(explorer, index):
     for i in 0, 17, 59:
         explorer.show(i)
         for patch in 0, 7, 14:
-            explorer.picture_part.picker.patch = patch
+            explorer.image_part.picker.patch = patch
             assert explorer.object == index.map(i)[0][patch] and f"object {explorer.object}" in explorer.object_part.numbers.value
             assert f"row {patch // 5 + 1}, column {patch % 5 + 1}: p {index.map(i)[1][patch]:.2f}" in explorer.object_part.numbers.value
-    assert explorer.picture_part.picker.grid == [3, 5]
+    assert explorer.image_part.picker.grid == [3, 5]
 
 
 def test_the_slider_gives_the_model_s_own_fusion(explorer, index):
     for alpha in 0., .3, 1.:
-        explorer.picture_part.alpha.value = alpha
+        explorer.image_part.alpha.value = alpha
         visual, label = (torch.tensor(index.rows[f"{n}_logits"][0]).softmax(-1) for n in ("visual", "label"))
         p = alpha * visual + (1 - alpha) * label
         name, q = predictions(explorer.catalog, 0, alpha)["fused"][0]
-        assert name == NASTY[int(p.argmax())] and abs(q - p.max()) < 1e-5 and f"fused at alpha {alpha:.2f}" in explorer.picture_part.prediction.value
+        assert name == NASTY[int(p.argmax())] and abs(q - p.max()) < 1e-5 and f"fused at alpha {alpha:.2f}" in explorer.image_part.prediction.value
     with pytest.raises(InputError, match="0..1"): predictions(explorer.catalog, 0, 1.5)
 
 
@@ -104,7 +104,7 @@ def test_search_filter_and_sort(explorer, index):
     assert find_objects(catalog, "WHEEL").tolist() == [3] and 3 in find_objects(catalog, "3")
     for kind, column in ("dead", "dead"), ("dense", "dense"), ("label-specific", "label_specific"):
         assert np.array_equal(np.sort(find_objects(catalog, kind=kind)), np.flatnonzero(catalog.table[column]))
-    assert (np.diff(catalog.table["images"][find_objects(catalog, order="most pictures")]) <= 0).all()
+    assert (np.diff(catalog.table["images"][find_objects(catalog, order="most images")]) <= 0).all()
     with pytest.raises(InputError, match="must be one of"): find_objects(catalog, kind="odd")
     explorer.list_part.text.value = "no such object"
     assert "0 of 12 objects" in explorer.list_part.count.value and explorer.list_part.list.options == ()
@@ -118,8 +118,8 @@ def test_effects_and_lifts_of_a_class_are_the_index_s(explorer, index):
     assert len(draw_class(catalog, c).axes) == 2
 
 
-def test_pictures_that_are_gone_close_nothing(index):
-    lost = Explorer(Catalog(replace(index, pictures=replace(index.pictures, root=Path("/nowhere")))))
+def test_images_that_are_gone_close_nothing(index):
+    lost = Explorer(Catalog(replace(index, images=replace(index.images, root=Path("/nowhere")))))
     lost.show(5, 3)
     assert lost.alert.value == "" and lost.object_part.sheet.sheet.startswith(b"\xff\xd8") and lost.stand_in()
 
@@ -128,7 +128,7 @@ def test_an_album_forgets(index):
     album = Album(index, keep=5)
     for i in range(20): album[i]
     album.load(range(20, 40))
-    assert np.array_equal(album[3], (index.picture(3) * 255).round().astype(np.uint8)) and len(album._seen) <= 5
+    assert np.array_equal(album[3], (index.image(3) * 255).round().astype(np.uint8)) and len(album._seen) <= 5
 
 
 def test_two_threads_leave_one_state(explorer, index):
@@ -137,9 +137,9 @@ def test_two_threads_leave_one_state(explorer, index):
     threads = [threading.Thread(target=walk, args=(s,)) for s in range(3)]
     for t in threads: t.start()
     for t in threads: t.join()
-    i, picker = explorer.i, explorer.picture_part.picker
-    assert picker.number == i == explorer.picture_part.number.value and picker.objects == index.map(i)[0].tolist()
-    assert explorer.object == picker.chosen == index.map(i)[0][4] and f"Picture {i}, row 1" in explorer.object_part.numbers.value
+    i, picker = explorer.i, explorer.image_part.picker
+    assert picker.number == i == explorer.image_part.number.value and picker.objects == index.map(i)[0].tolist()
+    assert explorer.object == picker.chosen == index.map(i)[0][4] and f"Image {i}, row 1" in explorer.object_part.numbers.value
 
 
 def test_the_same_object_elsewhere_is_elsewhere(index):
@@ -150,7 +150,7 @@ def test_the_same_object_elsewhere_is_elsewhere(index):
             assert all(i not in e.image for e in rows.values())
             assert (catalog.labels[rows["same class"].image] == catalog.labels[i]).all() and (catalog.labels[rows["other classes"].image] != catalog.labels[i]).all()
             for e in rows.values(): assert all(index.map(int(n))[0][int(p)] == k for n, p in zip(e.image, e.patch))
-    assert sum(len(cell_pictures(catalog, "neither", 7, page)) for page in range(20)) == len(catalog.cells()["neither"])
+    assert sum(len(cell_images(catalog, "neither", 7, page)) for page in range(20)) == len(catalog.cells()["neither"])
     assert "Dead" in object_html(catalog, int(np.argmin(index.patches)), 0, None) or index.patches.min() > 0
 
 
@@ -172,7 +172,7 @@ def lab_colours(rgb):
 
 @pytest.mark.parametrize("eye", [np.eye(3), DEUTERANOPIA], ids=["common", "deuteranopia"])
 def test_the_eight_colours_of_objects_can_be_told_apart(eye):
-    shown = np.array([[MAX_OPACITY * v + (1 - MAX_OPACITY) * .95 for v in to_rgb(c)] for c in OKABE_ITO])   # certain, over a pale picture
+    shown = np.array([[MAX_OPACITY * v + (1 - MAX_OPACITY) * .95 for v in to_rgb(c)] for c in OKABE_ITO])   # certain, over a pale image
     linear = np.where(shown <= .04045, shown / 12.92, ((shown + .055) / 1.055) ** 2.4) @ eye.T
     distance = np.linalg.norm((lab := lab_colours(linear))[:, None] - lab, axis=-1)[np.triu_indices(8, 1)]
     assert distance.min() > 10, distance.min()   # 2.3 can just be noticed
@@ -188,39 +188,39 @@ def big(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_click_takes_less_than_200_ms_of_work(big):
-    "50,000 pictures, K = 2,048, 1,000 classes; processor time, for others share the machine."
+    "50,000 images, K = 2,048, 1,000 classes; processor time, for others share the machine."
     made, rng = Explorer(big), np.random.default_rng(0)
     work = []
     for i in rng.integers(0, len(big), 8):
         made.show(int(i))
         for patch in rng.permutation(196)[:5]:
             began = time.process_time()
-            made.picture_part.picker.patch = int(patch)
+            made.image_part.picker.patch = int(patch)
             work.append(time.process_time() - began)
     print(f"median {1e3 * np.median(work):.0f} ms, slowest {1e3 * max(work):.0f} ms of {len(work)} clicks")
     assert np.median(work) < .2
 
 
 @pytest.mark.slow
-def test_a_catalog_of_50_000_pictures_is_small(big):
+def test_a_catalog_of_50_000_images_is_small(big):
     most, _ = peak_memory(lambda: Catalog(open_index(big.rows.path.parent)))
-    assert most < 500, most   # MB: tables of K x K and C x K, not of pictures; the two tables of logits alone have 400
+    assert most < 500, most   # MB: tables of K x K and C x K, not of images; the two tables of logits alone have 400
 
 
 @pytest.mark.slow
-def test_the_index_of_ten_times_the_pictures_needs_no_more_memory(model, tmp_path):
+def test_the_index_of_ten_times_the_images_needs_no_more_memory(model, tmp_path):
     def peak(times):
-        pictures = CLIPART.take(list(range(200)) * times)
-        pictures = Pictures(pictures.root, pictures.files, tuple(y % 4 for y in pictures.labels), NASTY, pictures.files)
-        loader = make_loader(PictureDataset(pictures, model.backbone.transform()), EvalBatches(len(pictures), 32))
+        images = CLIPART.take(list(range(200)) * times)
+        images = ImageList(images.root, images.files, tuple(y % 4 for y in images.labels), NASTY, images.files)
+        loader = make_loader(ImageDataset(images, model.backbone.transform()), EvalBatches(len(images), 32))
         return peak_memory(lambda: build_effects(model, loader, build_index(model, loader, tmp_path / str(times), RUNTIME), RUNTIME, 2))
     peak(1)
     peak(10)   # Python's table of names may grow once
     (small, before), (large, after) = peak(1), peak(10)
-    print(f"200 pictures: {small:.1f} MB of Python objects, process at most {before:.0f} MB; 2,000: {large:.1f} MB, {after:.0f} MB")
+    print(f"200 images: {small:.1f} MB of Python objects, process at most {before:.0f} MB; 2,000: {large:.1f} MB, {after:.0f} MB")
     assert large - small < 3 and after - before < 30
 
 
 def test_the_preprocessing_of_an_index_survives_json(index):
     again = Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(json.dumps(index.info["preprocessing"])).items()})
-    assert again.image_size == (48, 80) and index.picture(0).shape == (48, 80, 3)
+    assert again.image_size == (48, 80) and index.image(0).shape == (48, 80, 3)

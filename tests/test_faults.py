@@ -117,9 +117,9 @@ def undone(folder, position):
 
 
 @pytest.mark.parametrize("number", range(CASES))
-def test_case(number, pictures, disk, forked, wanted, table):
+def test_case(number, images, disk, forked, wanted, table):
     rng, folder = random.Random(number), disk / "run"
-    processes, options = rng.choice([1, 2]), dict(data_dir=pictures, workers=rng.choice([0, 2]), save_every=1)
+    processes, options = rng.choice([1, 2]), dict(data_dir=images, workers=rng.choice([0, 2]), save_every=1)
     open_faults = []   # what was done since the last life that got to its first step, and the step it was at
     for _ in range(rng.randint(1, 3)):
         fault = rng.choice([f for f in FAULTS if f != "disk full" or disk.name == "disk"])
@@ -159,10 +159,10 @@ def wait_until_gone(run):
 
 
 @pytest.mark.parametrize("number", range(CASES // 5))
-def test_torchrun_goes_on_by_itself(number, pictures, tmp_path, start, wanted, table):
+def test_torchrun_goes_on_by_itself(number, images, tmp_path, start, wanted, table):
     "Random processes of a run are killed again and again; `torchrun --max-restarts` starts them anew."
     rng, folder = random.Random(f"torchrun {number}"), tmp_path / "run"
-    options = {**TINY, **OPTIONS, "batch_size": 3, "workers": rng.choice([0, 1]), "data_dir": pictures, "save_dir": tmp_path}
+    options = {**TINY, **OPTIONS, "batch_size": 3, "workers": rng.choice([0, 1]), "data_dir": images, "save_dir": tmp_path}
     run = start(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=5", "-m", "llb.train", *flags(**options))
     for _ in range(rng.randint(1, 3)):
         wanted_steps, until = len(steps_reported(folder)) + rng.randrange(1, 12), time.monotonic() + 40

@@ -20,7 +20,7 @@ from llb.runs.launchers import MARK, Slurm
 from llb.runs.processes import attach, main, Run, runs, STAGES, start
 
 pytestmark = pytest.mark.slow
-TINY = dict(backbone="test_vit.r160_in1k", random_trunk=True, image_size=32, num_objects=8, num_layers=2, target_layer=2, epochs=2000, batch_size=64,
+TINY = dict(backbone="test_vit.r160_in1k", random_backbone=True, image_size=32, num_objects=8, num_layers=2, target_layer=2, epochs=2000, batch_size=64,
             augment="none", cache=True, workers=0, log_every=1, device="cpu")
 
 

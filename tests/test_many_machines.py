@@ -26,14 +26,14 @@ def die_once():
 
 
 @pytest.fixture
-def machines(pictures, tmp_path, start):
+def machines(images, tmp_path, start):
     "Start the agent of machine 0 (which holds the rendezvous) or 1; both with the same command."
     (tmp_path / "program.py").write_text(PROGRAM)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     def make(number, env=(), **options):
-        words = flags(**{**TINY, **OPTIONS, "batch_size": 3, "data_dir": pictures, "save_dir": tmp_path, **options})
+        words = flags(**{**TINY, **OPTIONS, "batch_size": 3, "data_dir": images, "save_dir": tmp_path, **options})
         return start(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv_backend=c10d",
                      "--rdzv_id=job", f"--rdzv_endpoint=127.0.0.1:{port}", f"--rdzv_conf=is_host={int(number == 0)},join_timeout=60,"
                      "keep_alive_interval=1,keep_alive_max_attempt=2", tmp_path / "program.py", *words,

@@ -1,4 +1,4 @@
-"""Pictures are checked by their pixels: tiles of known colour on grids that are not square."""
+"""Images are checked by their pixels: tiles of known colour on grids that are not square."""
 import subprocess
 import sys
 
@@ -30,7 +30,7 @@ def probe(ax, points, dpi=100):
 
 
 def tiles(h, w, patch):
-    """A picture whose patches each have one colour, the colours [h,w,3], objects [N] and confidence [N]."""
+    """An image whose patches each have one colour, the colours [h,w,3], objects [N] and confidence [N]."""
     colours = RNG.random((h, w, 3))
     objects = RNG.permutation(h * w) % 11
     return np.kron(colours, np.ones((patch, patch, 1))), colours, objects, RNG.uniform(.2, 1, h * w)
@@ -46,9 +46,9 @@ def over(colour, opacity, below):
 
 @pytest.mark.parametrize("h,w,patch", GRIDS)
 def test_every_patch_of_a_map_has_its_objects_colour(h, w, patch):
-    picture, below, objects, confidence = tiles(h, w, patch)
+    image, below, objects, confidence = tiles(h, w, patch)
     colours = object_colours([3, 1, 4])
-    ax = plots.plot_assignment_map(picture, (objects, confidence), (h, w), colours, max_labels=0)
+    ax = plots.plot_assignment_map(image, (objects, confidence), (h, w), colours, max_labels=0)
     expected = [over(to_rgb(colour_of(i, colours)), MAX_OPACITY * c, b)
                 for i, c, b in zip(objects, confidence, pale(below).reshape(-1, 3))]
     assert np.abs(probe(ax, centres(h, w)) - expected).max() < .02
@@ -56,22 +56,22 @@ def test_every_patch_of_a_map_has_its_objects_colour(h, w, patch):
 
 @pytest.mark.parametrize("h,w,patch", GRIDS)
 def test_soft_map_agrees_with_its_colour_bar(h, w, patch):
-    picture, below, _, p = tiles(h, w, patch)
-    ax = plots.plot_soft_map(picture, p, (h, w))
+    image, below, _, p = tiles(h, w, patch)
+    ax = plots.plot_soft_map(image, p, (h, w))
     heat = ax.images[1]
     expected = [over(heat.cmap(float(v))[:3], .8, b) for v, b in zip(p, pale(below).reshape(-1, 3))]
     assert heat.cmap.name == "viridis" and np.abs(probe(ax, centres(h, w)) - expected).max() < .02
     bar = [a for a in ax.get_figure().axes if a is not ax]
     assert len(bar) == 1 and "fixed scale 0 to 1" in bar[0].get_ylabel()
-    own = plots.plot_soft_map(picture, p, (h, w), vmax=None)
+    own = plots.plot_soft_map(image, p, (h, w), vmax=None)
     assert own.images[1].get_clim()[1] == pytest.approx(p.max()) and "own scale" in own.get_figure().axes[1].get_ylabel()
 
 
 @pytest.mark.parametrize("h,w,patch", GRIDS)
 def test_gallery_outlines_the_patch_itself(h, w, patch):
-    picture, below, *_ = tiles(h, w, patch)
+    image, below, *_ = tiles(h, w, patch)
     patches = [0, h * w - 1, h * w // 2]
-    axes = plots.plot_gallery([picture] * 3, patches, (h, w), [.9, .5, .1], context=1)
+    axes = plots.plot_gallery([image] * 3, patches, (h, w), [.9, .5, .1], context=1)
     for ax, i in zip(axes, patches):
         assert np.abs(probe(ax, [(1.5, 1.5)])[0] - below.reshape(-1, 3)[i]).max() < .02
     assert [a.get_xlabel() for a in axes] == ["0.90", "0.50", "0.10"] and "n = 3" in axes[0].get_figure()._suptitle.get_text()
@@ -92,7 +92,7 @@ def test_pixel_masks_of_any_size_are_seen_on_the_grid():
     assert plots.mask_on_grid(mask, (3, 4)).tolist() == [[0, 0, 4, 4]] * 3
 
 
-def test_colours_stay_from_picture_to_picture():
+def test_colours_stay_from_image_to_image():
     colours = object_colours([70, 71])
     one = plots.plot_assignment_map(np.ones((16, 32, 3)), (np.array([70, 71]), np.ones(2)), (1, 2), colours, max_labels=0)
     two = plots.plot_assignment_map(np.ones((32, 16, 3)), (np.array([71, 70]), np.ones(2)), (2, 1), colours, max_labels=0)
@@ -150,8 +150,8 @@ def test_the_figure_states_scale_and_n():
 
 
 def test_a_sheet_marks_right_and_wrong_without_colour():
-    pictures, assignments = np.ones((3, 28, 28, 3)), np.full((3, 4, 5), .2)
-    axes = plots.plot_assignment_sheet(pictures, assignments, (2, 2), ["a", "b", "c"], ["a", "x", "c"], ["a", "b", "x"], columns=2)
+    images, assignments = np.ones((3, 28, 28, 3)), np.full((3, 4, 5), .2)
+    axes = plots.plot_assignment_sheet(images, assignments, (2, 2), ["a", "b", "c"], ["a", "x", "c"], ["a", "b", "x"], columns=2)
     assert axes.shape == (3, 2) and axes[1, 0].get_title(loc="left") == "true: b"
     assert axes[1, 1].get_title(loc="left") == "label: x ✗\nfused: b ✓"
 
@@ -179,10 +179,10 @@ BAD = {
     "prefix tokens": lambda: plots.plot_soft_map(ONES, np.full(5, .5), (2, 2)),
     "NaN": lambda: plots.plot_assignment_map(ONES, np.full((4, 2), NAN), (2, 2)),
     "logits": lambda: plots.plot_assignment_map(ONES, np.full((4, 2), 3.), (2, 2)),
-    "normalised picture": lambda: plots.plot_assignment_map(ONES * -2, np.full((4, 2), .5), (2, 2)),
+    "normalised image": lambda: plots.plot_assignment_map(ONES * -2, np.full((4, 2), .5), (2, 2)),
     "channels first": lambda: plots.plot_soft_map(np.ones((3, 28, 28)), np.full(4, .5), (2, 2)),
     "empty scale": lambda: plots.plot_soft_map(ONES, np.zeros(4), (2, 2), vmax=None),
-    "no pictures": lambda: plots.plot_assignment_sheet([], [], (2, 2)),
+    "no images": lambda: plots.plot_assignment_sheet([], [], (2, 2)),
     "captions missing": lambda: plots.plot_assignment_sheet([ONES], np.ones((1, 4, 2)) / 2, (2, 2), labels=[]),
     "patch outside": lambda: plots.plot_gallery([ONES], [4], (2, 2), [.5]),
     "scores missing": lambda: plots.plot_gallery([ONES], [0], (2, 2), [.5, .5]),
@@ -193,7 +193,7 @@ BAD = {
     "infinite loss": lambda: charts.plot_training_curves([dict(epoch=1, loss=float("inf"))]),
     "no support": lambda: charts.plot_class_object_heatmap(np.ones((1, 2)), "a", [1, 2], support=np.ones((1, 2))),
     "names missing": lambda: charts.plot_similarity_matrices(np.eye(2), np.eye(2), ["a"]),
-    "no pictures counted": lambda: charts.plot_agreement_table(0, 0, 0, 0),
+    "no images counted": lambda: charts.plot_agreement_table(0, 0, 0, 0),
     "alpha": lambda: charts.plot_alpha_curve([0, 2], [1, 1], [1, 1], .5, 10),
     "effects": lambda: charts.plot_occlusion_bars([1.], [1, 2], [0.]),
 }

@@ -47,7 +47,7 @@ def test_parity(family, dtype, tolerance, gradient_tolerance):
     worst = {k: relative(found[k], v) for k, v in parts["expect"].items()}
     assert max(worst.values()) < tolerance, worst
 
-    # in training mode the trunk stops early and the gradients are the recorded ones, under their names
+    # in training mode the backbone stops early and the gradients are the recorded ones, under their names
     objective(model.train()(images), labels).loss.backward()
     gradients = {reference_name(k, family): p.grad for k, p in model.named_parameters() if p.requires_grad}
     assert gradients.keys() == parts["grad"].keys()
@@ -91,7 +91,7 @@ def reference_state(family, *, dim, depth, layers, objects, classes, patch, grid
                       f"{prefix}{fc}2.weight": make(dim, 4 * dim), f"{prefix}{fc}2.bias": make(dim)}
 
     tokens = grid * grid + 1
-    trunk, nv = ("encoder.layers.layer_{}.", "encoder.nv_layers.{}layer_{}.") if swag else ("blocks.{}.", "nv_blocks.{1}.")
+    backbone, nv = ("encoder.layers.layer_{}.", "encoder.nv_layers.{}layer_{}.") if swag else ("blocks.{}.", "nv_blocks.{1}.")
     plain = ("head", "fc_norm" if family == "mae" else "norm", "norm_nv")
     head, norm, nv_norm = ("head.layers.head", "encoder.ln", "encoder.nv_ln") if swag else plain
     out = {"class_token" if swag else "cls_token": make(1, 1, dim), "encoder.pos_embedding" if swag else "pos_embed": make(tokens, 1, dim) if swag
@@ -99,7 +99,7 @@ def reference_state(family, *, dim, depth, layers, objects, classes, patch, grid
     convolution = "conv_proj" if swag else "patch_embed.proj"
     out |= {f"{convolution}.weight": make(dim, 3, patch, patch), f"{convolution}.bias": make(dim)}
     for i in range(depth):
-        out |= block(trunk.format(i))
+        out |= block(backbone.format(i))
     names = [nv.format("nv" if i == 0 else "", i) for i in range(layers)]
     for name in names:
         out |= block(name)
@@ -127,7 +127,7 @@ def test_other_shapes(family, shape):
             shape["dim"], shape["depth"], heads, shape["patch"], (side, side), shape["classes"])
         assert model.settings == dict(num_objects=shape["objects"], num_layers=shape["layers"], target_layer=shape["depth"], alpha=.3, temperature=.1,
                                       num_classes=shape["classes"], drop_path=0.0)
-        out = model(torch.randn(2, 3, side, side, dtype=b.trunk.pos_embed.dtype))
+        out = model(torch.randn(2, 3, side, side, dtype=b.vit.pos_embed.dtype))
         assert out.probabilities().shape == (2, shape["classes"]) and out.assignments.shape == (2, shape["grid"] ** 2, shape["objects"])
         again = to_reference_state_dict(model, family)
         assert again.keys() == state.keys() and all(torch.equal(again[k], state[k]) for k in state)
@@ -136,29 +136,29 @@ def test_other_shapes(family, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_own_format(family, dtype, tmp_path):
-    """A model that was read is saved and loaded like any other, its trunk with it, in its own precision."""
+    """A model that was read is saved and loaded like any other, its backbone with it, in its own precision."""
     parts, facts = golden(family)
     model, images = read({k: v.to(dtype) for k, v in parts["state"].items()}, facts), parts["input"]["images"].to(dtype)
     model.save_pretrained(tmp_path)
     again = LLB.from_pretrained(tmp_path)
-    assert torch.equal(again(images).probabilities(), model(images).probabilities()) and again.head.dtype == dtype
+    assert torch.equal(again(images).probabilities(), model(images).probabilities()) and again.branch.dtype == dtype
     assert again.backbone.preprocessing == model.backbone.preprocessing and again.backbone.source == model.backbone.source
-    (tmp_path / "trunk.safetensors").unlink()
-    with pytest.raises(InputError, match="trunk.safetensors"):
+    (tmp_path / "backbone.safetensors").unlink()
+    with pytest.raises(InputError, match="backbone.safetensors"):
         LLB.from_pretrained(tmp_path)
 
 
 def test_writing_any_plain_model(tmp_path):
-    """A model made here can be written, with its trained visual head in the place of the trunk's, and reads back to the same scores."""
+    """A model made here can be written, with its trained visual head in the place of the backbone's, and reads back to the same scores."""
     torch.manual_seed(0)
     for family, name in ("vit", "vit_tiny_patch16_224"), ("mae", "mae_in1k_ft_in1k"), ("swag", "vit_tiny_patch16_224"):
         model = LLB(load_backbone(name, pretrained=False, image_size=32), num_objects=6, num_layers=2, target_layer=3, num_classes=5).eval()
-        torch.nn.init.normal_(model.head.visual_head.weight)
+        torch.nn.init.normal_(model.branch.visual_head.weight)
         save_file(to_reference_state_dict(model, family), tmp_path / "w.safetensors")
         again = load_reference_checkpoint(tmp_path / "w.safetensors", num_heads=model.backbone.num_heads, target_layer=3)
         images = torch.randn(2, 3, 32, 32)
         assert torch.allclose(again(images).probabilities(), model(images).probabilities(), atol=1e-6)
-        assert again.head.visual_head is None
+        assert again.branch.visual_head is None
 
 
 @pytest.mark.parametrize("change,words", [
@@ -166,7 +166,7 @@ def test_writing_any_plain_model(tmp_path):
     (lambda s: s.pop("blocks.1.norm1.bias"), "blocks.1.norm1.bias"), (lambda s: s.pop("pos_embed"), "pos_embed"),
     (lambda s: s.pop("nv_blocks.0.nv_cluster.nv_embeddings"), "latent objects"),
     (lambda s: [s.pop(k) for k in list(s) if "nv" in k], "load_backbone"),
-    (lambda s: s.update({"nv_head.weight": torch.zeros(3, 48)}), "nv_head|head.weight"),
+    (lambda s: s.update({"nv_head.weight": torch.zeros(3, 48)}), "nv_head|classifier.weight"),
     (lambda s: s.update({"pos_embed": torch.zeros(1, 16, 48)}), "no square"),
     (lambda s: s.update({"blocks.0.ls1.gamma": torch.ones(48)}), "ls1.gamma")])
 def test_refused_states(change, words):
@@ -203,7 +203,7 @@ def test_trained_parameters(method, size, trained):
     with torch.device("meta"):
         model = LLB(load_backbone(f"{method}/{size}", pretrained=False), num_objects=2048, num_layers=6, target_layer=11)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
-    assert model.head.visual_head is None
+    assert model.branch.visual_head is None
 
 
 def test_golden_files_are_whole():

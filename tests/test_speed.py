@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_pictures
+from conftest import make_images
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_train import equal, parameters, spoil_step
@@ -21,8 +21,8 @@ from torchvision.transforms import v2
 from llb.core.distributed import Runtime
 from llb.core.errors import InputError
 from llb.data.augment import RandAugment
-from llb.data.batches import PictureDataset
-from llb.data.image_cache import all_pictures, build_pixels, PixelDataset, PixelStore
+from llb.data.batches import ImageDataset
+from llb.data.image_cache import all_images, build_images, StoredImages, ImageStore
 from llb.data.images import scan_folder
 from llb.data.preprocessing import Geometry, Preprocessing
 from llb.data.splits import load_data
@@ -30,7 +30,7 @@ from llb.models.backbone import load_backbone
 from llb.models.llb import LLB
 from llb.models.loss import batch_totals, LLBLoss
 from llb.models.objects import entropy, LatentObjects
-from llb.models.token_cache import store_layout
+from llb.models.token_cache import token_layout
 from llb.runs.build import make_backbone, make_model
 from llb.runs.config import Config
 from llb.runs.folder import read_events
@@ -39,7 +39,7 @@ from llb.training.step import TrainStep
 from llb.training.trainer import check_resumable
 
 HERE = Path(__file__).parent
-SMALL = dict(backbone="test_vit", random_trunk=True, image_size=32, num_layers=3, target_layer=3, batch_size=6, num_objects=16)
+SMALL = dict(backbone="test_vit", random_backbone=True, image_size=32, num_layers=3, target_layer=3, batch_size=6, num_objects=16)
 CPU = Runtime(torch.device("cpu"))
 
 
@@ -55,7 +55,7 @@ def make_step(dtype=torch.float32, **options):
 def after_steps(step, batch, count=2):
     "Terms of the last of some steps, and the parameters then."
     for number in range(count): terms = step(batch, number, 0.)
-    return [terms, *(p.detach() for p in step.model.head.parameters())]
+    return [terms, *(p.detach() for p in step.model.branch.parameters())]
 
 
 def far(found, wanted):
@@ -71,16 +71,16 @@ def test_the_plain_step_of_the_benchmarks_is_ours(monkeypatch):
     torch.manual_seed(0)
     ours = LLB(load_backbone("vit_tiny_patch16_224", pretrained=False, num_classes=7, image_size=32), num_objects=24, num_layers=3, target_layer=11)
     plain = PlainLLB(dim=192, heads=3, image=32, classes=7, objects=24, layers=3)
-    names = {"token": "trunk.cls_token", "positions": "trunk.pos_embed", "patches": "trunk.patch_embed.proj", "norm": "trunk.norm", "head": "trunk.head"}
-    theirs = {f"trunk.{k}": v for k, v in ours.backbone.trunk.state_dict().items()} | {f"ours.{k}": v for k, v in ours.head.state_dict().items()}
+    names = {"token": "vit.cls_token", "positions": "vit.pos_embed", "patches": "vit.patch_embed.proj", "norm": "vit.norm", "head": "vit.head"}
+    theirs = {f"vit.{k}": v for k, v in ours.backbone.vit.state_dict().items()} | {f"ours.{k}": v for k, v in ours.branch.state_dict().items()}
     def source(key):
         key = key.replace("fc1", "mlp.fc1").replace("fc2", "mlp.fc2").replace("qkv", "attn.qkv")
         part, _, rest = key.partition(".")
         if part in names: return f"{names[part]}.{rest}".rstrip(".")
         key = key.replace(".proj", ".attn.proj")
-        if part == "trunk": return f"trunk.blocks.{rest.replace('.proj', '.attn.proj')}"
+        if part == "vit": return f"vit.blocks.{rest.replace('.proj', '.attn.proj')}"
         return "ours." + key.replace("assign", "objects.assign").replace("embeddings", "objects.embeddings").replace("label_token", "cls_token").replace(
-            "label_norm", "norm").replace("label_head", "head")
+            "label_norm", "norm").replace("label_head", "classifier")
     plain.load_state_dict({k: theirs[source(k)] for k in plain.state_dict()})
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
     found, wanted = plain(images, labels), LLBLoss()(ours.train()(images), labels)
@@ -88,8 +88,8 @@ def test_the_plain_step_of_the_benchmarks_is_ours(monkeypatch):
     found["loss"].backward()
     wanted.loss.backward()
     gradients = {k: p.grad for k, p in plain.named_parameters() if p.requires_grad}
-    assert len(gradients) == len(list(ours.head.parameters()))
-    theirs = {f"ours.{k}": p.grad for k, p in ours.head.named_parameters()}
+    assert len(gradients) == len(list(ours.branch.parameters()))
+    theirs = {f"ours.{k}": p.grad for k, p in ours.branch.named_parameters()}
     for k, g in gradients.items(): assert far([g], [theirs[source(k)]]) < 1e-4, k
 
 
@@ -100,15 +100,15 @@ def test_the_plain_step_of_the_benchmarks_is_ours(monkeypatch):
 def test_training_without_kept_assignments_gives_the_same_parameters(objects, micro, monkeypatch):
     results = []
     for limit in 10**9, 1:
-        monkeypatch.setattr(trainer, "COMPACT", limit)
+        monkeypatch.setattr("llb.training.step.COMPACT", limit)
         step, batch = make_step(num_objects=objects, opt="SGD", lr=.1, micro_batches=micro)
-        assert step.model.head.compact == (limit == 1)
+        assert step.model.branch.compact == (limit == 1)
         results.append(after_steps(step, batch))
     assert far(results[1], results[0]) < 1e-5
 
 
 def test_from_4096_objects_on_assignments_are_not_kept():
-    assert [make_step(num_objects=k)[0].model.head.compact for k in (2048, 4096)] == [False, True]
+    assert [make_step(num_objects=k)[0].model.branch.compact for k in (2048, 4096)] == [False, True]
 
 
 @pytest.mark.parametrize("amp", [False, True])
@@ -202,20 +202,20 @@ def test_the_count_of_images_stays_on_the_device():
 def test_after_a_gradient_that_is_not_finite_nothing_changes():
     step, batch = make_step()
     step(batch, 0, 0.)
-    before = [p.detach().clone() for p in step.model.head.parameters()]
+    before = [p.detach().clone() for p in step.model.branch.parameters()]
     spoiled = {**batch, "image": batch["image"] * float("nan"), "index": batch["index"] + 10}
     assert step(spoiled, 1, 0.).eq(0).all() and step(batch, 2, 0.).eq(0).all()
-    assert all(torch.equal(a, b) for a, b in zip(before, step.model.head.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, step.model.branch.parameters()))
     number, sentence = step.refused()
     assert number == 1 and "step 2 is not finite" in sentence and str([10, 11, 12, 13, 14, 15]) in sentence
 
 
 @pytest.mark.slow
-def test_a_run_that_looks_rarely_stops_at_the_same_step(pictures, tmp_path, forked):
+def test_a_run_that_looks_rarely_stops_at_the_same_step(images, tmp_path, forked):
     "The host learns of it up to `log_every` steps later; step, state and sentence are the same."
     states, errors = [], []
     for log_every in 1, 5:
-        run = forked(data_dir=pictures, save_dir=tmp_path, name=f"every{log_every}", log_every=log_every, augment="randaugment", patch=(spoil_step, 3))
+        run = forked(data_dir=images, save_dir=tmp_path, name=f"every{log_every}", log_every=log_every, augment="randaugment", patch=(spoil_step, 3))
         assert run.finish(120) == [1], run.text
         folder = tmp_path / f"every{log_every}"
         assert read_events(folder)[-1]["step"] == 3
@@ -241,8 +241,8 @@ def test_augmentation_is_torchvisions(size):
 
 @pytest.fixture
 def jpegs(tmp_path):
-    "Pictures of many sizes, large ones too."
-    folder = make_pictures(tmp_path / "jpegs", 4)
+    "Images of many sizes, large ones too."
+    folder = make_images(tmp_path / "jpegs", 4)
     for i, size in enumerate([(90, 64), (64, 200), (300, 260)]):
         make = np.random.default_rng(i).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
         Image.fromarray(make).resize(size).save(folder / "circle" / f"large{i}.jpg")
@@ -254,73 +254,73 @@ SIZES = [Preprocessing((32, 32), (.5, .4, .3), (.2, .3, .4), "bilinear", .875), 
 
 @pytest.mark.parametrize("preprocessing", SIZES, ids=["square", "rectangle"])
 def test_stored_pixels_are_the_plain_ones(preprocessing, jpegs, tmp_path):
-    pictures = scan_folder(jpegs)
-    store = build_pixels(pictures, preprocessing, CPU, tmp_path / "store", workers=2)
-    keys = [(e, i) for e in (0, 5) for i in range(len(pictures))]
+    images = scan_folder(jpegs)
+    store = build_images(images, preprocessing, CPU, tmp_path / "store", workers=2)
+    keys = [(e, i) for e in (0, 5) for i in range(len(images))]
     for train in False, True:
-        plain = PictureDataset(pictures, preprocessing.transform(train), 3)
+        plain = ImageDataset(images, preprocessing.transform(train), 3)
         for source in store, Geometry(preprocessing):
-            bytewise = PixelDataset(pictures, source, RandAugment() if train else None, 3)
+            bytewise = StoredImages(images, source, RandAugment() if train else None, 3)
             batch = torch.stack([bytewise[k]["image"] for k in keys])
             assert batch.dtype == torch.uint8 and torch.equal(preprocessing.normalise(batch), torch.stack([plain[k]["image"] for k in keys]))
             assert all(bytewise[k]["label"] == plain[k]["label"] and bytewise[k]["index"] == plain[k]["index"] for k in keys)
-    part = PixelDataset(pictures.take([7, 2]), store)   # a split finds its rows
+    part = StoredImages(images.take([7, 2]), store)   # a split finds its rows
     assert np.array_equal(part[0, 0]["image"], store.get(7)) and np.array_equal(part[0, 1]["image"], store.get(2))
     assert len(pickle.dumps(store)) < 2000 and np.array_equal(pickle.loads(pickle.dumps(store)).get(2), store.get(2))
 
 
-def test_a_store_is_for_these_pictures_and_this_geometry(jpegs, tmp_path):
-    pictures, folder = scan_folder(jpegs), tmp_path / "store"
-    first = build_pixels(pictures, SIZES[0], CPU, folder)
-    again = build_pixels(pictures, SIZES[0], CPU, folder)
+def test_a_store_is_for_these_images_and_this_geometry(jpegs, tmp_path):
+    images, folder = scan_folder(jpegs), tmp_path / "store"
+    first = build_images(images, SIZES[0], CPU, folder)
+    again = build_images(images, SIZES[0], CPU, folder)
     assert again.folder == first.folder
-    others = [build_pixels(pictures, SIZES[1], CPU, folder), build_pixels(pictures.take(range(5)), SIZES[0], CPU, folder),
-              build_pixels(replace(pictures, draft=32), SIZES[0], CPU, folder)]
+    others = [build_images(images, SIZES[1], CPU, folder), build_images(images.take(range(5)), SIZES[0], CPU, folder),
+              build_images(replace(images, draft=32), SIZES[0], CPU, folder)]
     assert len({s.folder for s in (first, *others)}) == 4
     (jpegs / "circle/00.png").write_bytes((jpegs / "circle/01.png").read_bytes())
-    assert build_pixels(scan_folder(jpegs), SIZES[0], CPU, folder).folder != first.folder
+    assert build_images(scan_folder(jpegs), SIZES[0], CPU, folder).folder != first.folder
 
 
-def test_splits_of_any_seed_share_a_store(pictures):
-    a, b = (all_pictures(load_data(pictures, seed=s)) for s in (0, 1))
+def test_splits_of_any_seed_share_a_store(images):
+    a, b = (all_images(load_data(images, seed=s)) for s in (0, 1))
     assert a.files == b.files and a.fingerprint() == b.fingerprint() and len(a) == 60
 
 
 def test_building_goes_on_where_it_was_left(jpegs, tmp_path, monkeypatch):
-    pictures, calls = scan_folder(jpegs), []
-    put = PixelStore.put
-    def dying(self, row, picture):
+    images, calls = scan_folder(jpegs), []
+    put = ImageStore.put
+    def dying(self, row, image):
         if len(calls) == 6: raise KeyboardInterrupt
         calls.append(row)
-        put(self, row, picture)
-    monkeypatch.setattr(PixelStore, "put", dying)
-    with pytest.raises(KeyboardInterrupt): build_pixels(pictures, SIZES[0], CPU, tmp_path)
+        put(self, row, image)
+    monkeypatch.setattr(ImageStore, "put", dying)
+    with pytest.raises(KeyboardInterrupt): build_images(images, SIZES[0], CPU, tmp_path)
     first = list(calls)
-    monkeypatch.setattr(PixelStore, "put", lambda self, row, picture: (calls.append(row), put(self, row, picture)))
-    store = build_pixels(pictures, SIZES[0], CPU, tmp_path)
-    assert sorted(calls) == list(range(len(pictures))) and len(first) == 6 and not len(store.missing())
-    for row in range(len(pictures)): assert np.array_equal(store.get(row), Geometry(SIZES[0])(pictures.open(row)))
+    monkeypatch.setattr(ImageStore, "put", lambda self, row, image: (calls.append(row), put(self, row, image)))
+    store = build_images(images, SIZES[0], CPU, tmp_path)
+    assert sorted(calls) == list(range(len(images))) and len(first) == 6 and not len(store.missing())
+    for row in range(len(images)): assert np.array_equal(store.get(row), Geometry(SIZES[0])(images.open(row)))
 
 
 @pytest.mark.parametrize("damage", ["bit", "zeros", "swap", "check"])
 def test_a_damaged_record_is_noticed_and_made_anew(damage, jpegs, tmp_path):
-    pictures = scan_folder(jpegs)
-    store = build_pixels(pictures, SIZES[0], CPU, tmp_path)
-    whole = [store.get(i) for i in range(len(pictures))]
+    images = scan_folder(jpegs)
+    store = build_images(images, SIZES[0], CPU, tmp_path)
+    whole = [store.get(i) for i in range(len(images))]
     if damage == "bit": store.pixels[4, 3071] ^= 128
     if damage == "zeros": store.pixels[4] = 0
     if damage == "swap": store.pixels[4] = store.pixels[5]; store.checks[4] = store.checks[5]
     if damage == "check": store.checks[4] += np.uint64(1)
-    with pytest.raises(InputError, match="Picture 4 of the pixel store .* is damaged"): store.get(4)
+    with pytest.raises(InputError, match="Image 4 of the pixel store .* is damaged"): store.get(4)
     assert store.missing().tolist() == [4]
-    again = build_pixels(pictures, SIZES[0], CPU, tmp_path)
+    again = build_images(images, SIZES[0], CPU, tmp_path)
     assert all(np.array_equal(again.get(i), w) for i, w in enumerate(whole))
 
 
 def test_a_disk_that_is_too_small_is_refused(jpegs, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("llb.data.image_cache.shutil.disk_usage", lambda path: usage(0, 0, 4096))
-    with pytest.raises(InputError, match="needs .* GB more in .*; set LLB_CACHE .* without --cache_pixels"): build_pixels(scan_folder(jpegs), SIZES[0], CPU, tmp_path)
+    with pytest.raises(InputError, match="needs .* GB more in .*; set LLB_CACHE .* without --cache_images"): build_images(scan_folder(jpegs), SIZES[0], CPU, tmp_path)
 
 
 def test_draft_decoding_changes_large_jpegs_only(jpegs):
@@ -331,16 +331,16 @@ def test_draft_decoding_changes_large_jpegs_only(jpegs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_on_stored_pixels_is_the_same_run(processes, pictures, tmp_path, forked):
+def test_a_run_on_stored_pixels_is_the_same_run(processes, images, tmp_path, forked):
     "Bit by bit, also when it is killed and resumed without the store."
     os.environ["LLB_CACHE"] = str(tmp_path / "cache")
     try:
-        options = dict(data_dir=pictures, save_dir=tmp_path, augment="randaugment", batch_size=8 // processes, workers=1)
-        runs = {"plain": dict(), "stored": dict(cache_pixels=True), "again": dict(cache_pixels=True, seed=0)}
+        options = dict(data_dir=images, save_dir=tmp_path, augment="randaugment", batch_size=8 // processes, workers=1)
+        runs = {"plain": dict(), "stored": dict(cache_images=True), "again": dict(cache_images=True, seed=0)}
         for name, more in runs.items():
             run = forked(processes, name=name, patch=(set_cache, str(tmp_path / "cache")), **options, **more)
             assert run.finish(180) == [0] * processes, run.text
-            assert ("Pixel store: 60 pictures of 32 x 32" in run.text) == bool(more)
+            assert ("Pixel store: 60 images of 32 x 32" in run.text) == bool(more)
             epochs = read_events(tmp_path / name, "epoch")
             assert len(epochs) == 3 and all(0 <= e["data_wait"] <= 1 for e in epochs) and run.text.count("waiting for data") == 3
             assert equal(parameters(tmp_path / "plain"), parameters(tmp_path / name)), name
@@ -353,11 +353,11 @@ def set_cache(path): os.environ["LLB_CACHE"] = path
 
 
 @pytest.mark.slow
-def test_augmented_views_from_the_cache(pictures, tmp_path, forked):
-    run = forked(data_dir=pictures, save_dir=tmp_path, augment="randaugment", cache=True, cache_views=2, cache_pixels=True,
+def test_augmented_views_from_the_cache(images, tmp_path, forked):
+    run = forked(data_dir=images, save_dir=tmp_path, augment="randaugment", cache=True, cache_views=2, cache_images=True,
                  patch=(set_cache, str(tmp_path / "cache")))
     assert run.finish(120) == [0], run.text
-    assert "train features: 42 pictures, 2 views each" in run.text
+    assert "train features: 42 images, 2 views each" in run.text
     with pytest.raises(InputError, match="cache_views"): Config(cache_views=2)
     with pytest.raises(InputError, match="cache_views"): Config(cache_views=2, cache=True, augment="none")
 
@@ -380,8 +380,8 @@ def test_a_missing_compiler_is_said(monkeypatch):
     with pytest.raises(InputError, match="no-such-compiler"): make_step(compile=True)
 
 
-def test_a_trunk_in_bf16_keeps_its_name_and_can_be_saved(tmp_path):
-    config = Config(**SMALL, trunk_dtype="bfloat16")
+def test_a_backbone_in_bf16_keeps_its_name_and_can_be_saved(tmp_path):
+    config = Config(**SMALL, backbone_dtype="bfloat16")
     backbone = make_backbone(config, 3)
     assert backbone.dtype == torch.bfloat16
     model = make_model(config, backbone, 3).eval()
@@ -391,38 +391,38 @@ def test_a_trunk_in_bf16_keeps_its_name_and_can_be_saved(tmp_path):
     again = LLB.from_pretrained(tmp_path)
     assert again.backbone.content_hash() == backbone.content_hash() and again.backbone.dtype == torch.float32
     assert far([out.label_logits, out.visual_logits.float()], [(w := again(batch)).label_logits, w.visual_logits]) < .1
-    assert torch.equal(again.backbone.trunk.blocks[0].mlp.fc1.weight, backbone.trunk.blocks[0].mlp.fc1.weight.float())
-    save_file(again.backbone.trunk.state_dict(), tmp_path / "t.safetensors")   # a trunk that a file has keeps the name of that file's weights
+    assert torch.equal(again.backbone.vit.blocks[0].mlp.fc1.weight, backbone.vit.blocks[0].mlp.fc1.weight.float())
+    save_file(again.backbone.vit.state_dict(), tmp_path / "t.safetensors")   # a backbone that a file has keeps the name of that file's weights
     plain, half = (load_backbone("test_vit", tmp_path / "t.safetensors", image_size=32) for _ in range(2))
     assert half.to_bfloat16().content_hash() == plain.content_hash()
-    pictures = load_data(make_pictures(tmp_path / "p")).val
-    assert store_layout(half, 3, pictures) != store_layout(plain, 3, pictures)   # but not its features
+    images = load_data(make_images(tmp_path / "p")).val
+    assert token_layout(half, 3, images) != token_layout(plain, 3, images)   # but not its features
 
 
 @pytest.fixture
-def trunk_file(tmp_path):
+def backbone_file(tmp_path):
     torch.manual_seed(0)
-    save_file(load_backbone("test_vit", pretrained=False, image_size=32, num_classes=3).trunk.state_dict(), tmp_path / "trunk.safetensors")
-    return tmp_path / "trunk.safetensors"
+    save_file(load_backbone("test_vit", pretrained=False, image_size=32, num_classes=3).vit.state_dict(), tmp_path / "backbone.safetensors")
+    return tmp_path / "backbone.safetensors"
 
 
 def say_share():
-    "In the training process: what it holds of the trunk when training starts."
+    "In the training process: what it holds of the backbone when training starts."
     from llb.training.trainer import Trainer
     fit = Trainer.fit
     def wrapped(self):
-        local = sum(getattr(p, "_local_tensor", p).numel() for p in self.model.backbone.trunk.parameters())
-        print(f"SHARE {local / sum(p.numel() for p in self.model.backbone.trunk.parameters()):.2f}", flush=True)
+        local = sum(getattr(p, "_local_tensor", p).numel() for p in self.model.backbone.vit.parameters())
+        print(f"SHARE {local / sum(p.numel() for p in self.model.backbone.vit.parameters()):.2f}", flush=True)
         return fit(self)
     Trainer.fit = wrapped
 
 
 @pytest.mark.slow
-def test_a_trunk_in_shares_trains_as_a_whole_one(pictures, tmp_path, forked, trunk_file):
-    "Two gloo processes; 12 validation pictures in batches of 5 are 2 batches for one and 1 for the other when there are 7 and 5."
-    options = dict(data_dir=pictures, save_dir=tmp_path, random_trunk=False, checkpoint=trunk_file, batch_size=4, selection_fraction=.3)
+def test_a_backbone_in_shares_trains_as_a_whole_one(images, tmp_path, forked, backbone_file):
+    "Two gloo processes; 12 validation images in batches of 5 are 2 batches for one and 1 for the other when there are 7 and 5."
+    options = dict(data_dir=images, save_dir=tmp_path, random_backbone=False, checkpoint=backbone_file, batch_size=4, selection_fraction=.3)
     for name, shard in ("whole", False), ("shares", True):
-        run = forked(2, name=name, shard_trunk=shard, patch=(say_share,), **options)
+        run = forked(2, name=name, shard_backbone=shard, patch=(say_share,), **options)
         assert run.finish(180) == [0, 0], run.text
         assert run.text.count("SHARE 0.5" if shard else "SHARE 1.0") == 2, run.text
     a, b = (parameters(tmp_path / n) for n in ("whole", "shares"))
@@ -432,21 +432,21 @@ def test_a_trunk_in_shares_trains_as_a_whole_one(pictures, tmp_path, forked, tru
     assert LLB.from_pretrained(tmp_path / "shares/model").backbone.content_hash() == LLB.from_pretrained(tmp_path / "whole/model").backbone.content_hash()
 
 
-def test_shares_need_processes_and_a_file(pictures):
-    with pytest.raises(InputError, match="torchrun"): trainer.Trainer(*model_and_data(pictures), Config(**SMALL, shard_trunk=True, device="cpu"))
+def test_shares_need_processes_and_a_file(images):
+    with pytest.raises(InputError, match="torchrun"): trainer.Trainer(*model_and_data(images), Config(**SMALL, shard_backbone=True, device="cpu"))
 
 
-def model_and_data(pictures):
+def model_and_data(images):
     config = Config(**SMALL)
-    return make_model(config, make_backbone(config, 3), 3), load_data(pictures)
+    return make_model(config, make_backbone(config, 3), 3), load_data(images)
 
 
-def test_a_run_of_before_these_options_can_be_resumed(pictures):
-    data, config = load_data(pictures), Config(**SMALL)
-    new = ("compile", "trunk_dtype", "cache_views", "cache_pixels", "decode", "shard_trunk")
+def test_a_run_of_before_these_options_can_be_resumed(images):
+    data, config = load_data(images), Config(**SMALL)
+    new = ("compile", "backbone_dtype", "cache_views", "cache_images", "decode", "shard_backbone")
     saved = {"config": {k: v for k, v in json.loads(json.dumps(config.to_dict())).items() if k not in new}, "classes": list(data.classes),
-             "pictures": data.train.fingerprint(sizes=False), "fingerprint": data.train.fingerprint()}
+             "images": data.train.fingerprint(sizes=False), "fingerprint": data.train.fingerprint()}
     check_resumable(saved, config, data)
-    check_resumable(saved, replace(config, cache_pixels=True), data)
-    for change in dict(compile=True), dict(decode="draft"), dict(trunk_dtype="bfloat16"):
+    check_resumable(saved, replace(config, cache_images=True), data)
+    for change in dict(compile=True), dict(decode="draft"), dict(backbone_dtype="bfloat16"):
         with pytest.raises(InputError, match=next(iter(change))): check_resumable(saved, replace(config, **change), data)

@@ -1,4 +1,4 @@
-"""The training command on a folder of small pictures, from the outside: what it leaves behind, and what it says to bad input."""
+"""The training command on a folder of small images, from the outside: what it leaves behind, and what it says to bad input."""
 import json
 import random
 import re
@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import draw, make_pictures
+from conftest import draw, make_images
 from safetensors.torch import load_file
 
 from llb.models.llb import LLB
@@ -26,8 +26,8 @@ def checkpoint_names(folder): return sorted(p.name for p in (folder / "checkpoin
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_whole_run(processes, pictures, tmp_path, train):
-    run = train(processes, data_dir=pictures, save_dir=tmp_path, save_every=2, local_diversity=False).finish(90)
+def test_a_whole_run(processes, images, tmp_path, train):
+    run = train(processes, data_dir=images, save_dir=tmp_path, save_every=2, local_diversity=False).finish(90)
     assert run.code == 0, run.err
     assert "Traceback" not in run.err and run.out.count("epoch ") + run.err.count("epoch ") >= 3
     run.wait_until_gone()
@@ -37,12 +37,12 @@ def test_a_whole_run(processes, pictures, tmp_path, train):
     about = json.loads((folder / "config.json").read_text())
     assert about["config"]["num_objects"] == 8 and about["processes"] == processes and about["global_batch"] == 8 * processes
     assert torch.__version__.startswith(about["environment"]["torch"]) and {"python", "timm", "commit"} <= set(about["environment"])
-    assert about["trunk"]["source"] == "random" and len(about["trunk"]["content_hash"]) == 16
+    assert about["backbone"]["source"] == "random" and len(about["backbone"]["content_hash"]) == 16
     assert about["classes"] == ["circle", "square", "triangle"] and set(about["splits"]) == {"train", "selection", "val"}
 
     metrics = json.loads((folder / "metrics.json").read_text())
     for name in "visual", "label", "fused", "alpha_0.5", "alpha_0.8": assert METRICS <= set(metrics[name])
-    assert metrics["seen"]["pictures"] == metrics["seen"]["scored"] == metrics["seen"]["unique"] == 12
+    assert metrics["seen"]["images"] == metrics["seen"]["scored"] == metrics["seen"]["unique"] == 12
     assert metrics["seen"]["fingerprint"] == about["splits"]["val"]["fingerprint"]
     assert "selection split" in metrics["alpha"]["chosen"] and set(metrics["class_top1"]) == {"circle", "square", "triangle"}
     assert 1 <= metrics["chosen_epoch"]["epoch"] <= 3
@@ -62,23 +62,23 @@ def test_a_whole_run(processes, pictures, tmp_path, train):
     best = metrics["chosen_epoch"]["step"]
     assert checkpoint_names(folder) == [f"step-{s:08d}" for s in sorted({best, 2 * per_epoch, 3 * per_epoch})]
     model = LLB.from_pretrained(folder / "model")
-    assert model.alpha == metrics["alpha"]["value"] and model.backbone.content_hash() == about["trunk"]["content_hash"]
+    assert model.alpha == metrics["alpha"]["value"] and model.backbone.content_hash() == about["backbone"]["content_hash"]
 
 
-def test_workers_see_the_same_pixels(pictures, tmp_path, forked):
+def test_workers_see_the_same_pixels(images, tmp_path, forked):
     for name, workers in ("none", 0), ("two", 2):
-        assert forked(data_dir=pictures, save_dir=tmp_path, name=name, workers=workers, augment="randaugment").finish() == [0]
+        assert forked(data_dir=images, save_dir=tmp_path, name=name, workers=workers, augment="randaugment").finish() == [0]
     assert equal(parameters(tmp_path / "none"), parameters(tmp_path / "two"))
     assert (tmp_path / "none/metrics.json").read_text() == (tmp_path / "two/metrics.json").read_text()
-    assert forked(data_dir=pictures, save_dir=tmp_path, name="seed", seed=1).finish() == [0]
+    assert forked(data_dir=images, save_dir=tmp_path, name="seed", seed=1).finish() == [0]
     assert not equal(parameters(tmp_path / "none"), parameters(tmp_path / "seed"))
 
 
-def test_cache(pictures, tmp_path, forked, monkeypatch):
+def test_cache(images, tmp_path, forked, monkeypatch):
     monkeypatch.setenv("LLB_CACHE", str(tmp_path / "cache"))
     runs = dict(pixels=dict(), cached=dict(cache=True), again=dict(cache=True))
     for name, options in runs.items():
-        run = forked(data_dir=pictures, save_dir=tmp_path, name=name, augment="none", opt="SGD", lr=.01, patch=(set_cache, str(tmp_path / "cache")), **options)
+        run = forked(data_dir=images, save_dir=tmp_path, name=name, augment="none", opt="SGD", lr=.01, patch=(set_cache, str(tmp_path / "cache")), **options)
         assert run.finish() == [0], run.text
         assert ("Caching" in run.text) == (name == "cached")   # the second one finds it
     first, cached, again = (parameters(tmp_path / n) for n in runs)
@@ -107,7 +107,7 @@ def one_sentence(text, *words):
 def bad_folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("bad")
     (root / "empty").mkdir()
-    make_pictures(root / "one", 4, ("circle",))
+    make_images(root / "one", 4, ("circle",))
     (root / "file").write_text("")
     return root
 
@@ -119,7 +119,7 @@ BAD = {
     "num_layers": (dict(num_layers=1), "num_layers", "2 or more"),
     "alpha": (dict(alpha=2), "alpha", "2.0", "0..1"),
     "image_size": (dict(image_size=33), "33", "32 x 32"),
-    "empty folder": (dict(data_dir="empty"), "0 pictures"),
+    "empty folder": (dict(data_dir="empty"), "0 images"),
     "one class": (dict(data_dir="one"), "at least 2 classes"),
     "no folder": (dict(data_dir="nowhere"), "nowhere", "--data_dir"),
     "class count": (dict(class_num=4), "3 classes", "4"),
@@ -127,30 +127,30 @@ BAD = {
     "no run": (dict(resume=True, name="nothing"), "no run to resume", "without --resume"),
     "resume and overwrite": (dict(resume=True, overwrite=True), "resume"),
     "dataset": (dict(dataset="ImageNot"), "ImageNot"),
-    "checkpoint": (dict(checkpoint="nowhere.pth", random_trunk=False), "nowhere.pth"),
+    "checkpoint": (dict(checkpoint="nowhere.pth", random_backbone=False), "nowhere.pth"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(case, pictures, bad_folders, tmp_path, forked):
+def test_bad_input(case, images, bad_folders, tmp_path, forked):
     options, *words = BAD[case]
     for name in "data_dir", "save_dir":
         if name in options: options = {**options, name: bad_folders / options[name]}
-    run = forked(**{"data_dir": pictures, "save_dir": tmp_path / "runs", **options})
+    run = forked(**{"data_dir": images, "save_dir": tmp_path / "runs", **options})
     assert run.finish(30) == [2], run.text
     one_sentence(run.text, *words)
     assert not (tmp_path / "runs").exists()   # nothing is begun
 
 
-def test_bad_input_from_a_shell(pictures, tmp_path, train):
+def test_bad_input_from_a_shell(images, tmp_path, train):
     "As above, but in a process that was started and not forked."
-    run = train(data_dir=pictures, save_dir=tmp_path, alpha=2).finish(30)
+    run = train(data_dir=images, save_dir=tmp_path, alpha=2).finish(30)
     assert run.code == 2 and run.out == ""
     one_sentence(run.err, "alpha")
 
 
-def test_existing_run(pictures, tmp_path, forked):
-    options = dict(data_dir=pictures, save_dir=tmp_path, epochs=1)
+def test_existing_run(images, tmp_path, forked):
+    options = dict(data_dir=images, save_dir=tmp_path, epochs=1)
     assert forked(**options).finish() == [0]
     before = (tmp_path / "run/events.jsonl").read_text()
     run = forked(**options)
@@ -167,8 +167,8 @@ def test_existing_run(pictures, tmp_path, forked):
     one_sentence(run.text, "no run")
 
 
-def test_resume_on_other_pictures(pictures, tmp_path, forked):
-    data = shutil.copytree(pictures, tmp_path / "data")
+def test_resume_on_other_images(images, tmp_path, forked):
+    data = shutil.copytree(images, tmp_path / "data")
     options = dict(data_dir=data, save_dir=tmp_path)
     assert forked(**options, epochs=1).finish() == [0]
     shutil.copytree(data / "circle", data / "oval")
@@ -179,32 +179,32 @@ def test_resume_on_other_pictures(pictures, tmp_path, forked):
     for i in range(20, 25): draw("circle", random.Random(i)).save(data / "circle" / f"{i}.png")
     run = forked(**options, resume=True)
     assert run.finish() == [2]
-    one_sentence(run.text, "pictures")
+    one_sentence(run.text, "images")
 
 
-def test_bad_input_under_torchrun(pictures, tmp_path, train):
-    run = train(2, data_dir=pictures, save_dir=tmp_path, target_layer=13).finish(60)
+def test_bad_input_under_torchrun(images, tmp_path, train):
+    run = train(2, data_dir=images, save_dir=tmp_path, target_layer=13).finish(60)
     assert run.code == 1   # torchrun's own
     sentences = re.findall(r"^.*error: .*$", run.err, re.M)
     assert sentences and all(s.endswith("error: target_layer is 13, but test_vit.r160_in1k has blocks 1 to 6.") for s in sentences)
     run.wait_until_gone()
 
 
-# A corrupt picture, met when training is under way
+# An unreadable image, met when training is under way
 
 def corrupt(data, split):
-    "Damage one picture of a split; its path, and what mends it."
+    "Damage one image of a split; its path, and what mends it."
     from llb.data.splits import load_data
-    pictures = getattr(load_data(data), split)
-    path = data / pictures.files[len(pictures) // 2]
+    images = getattr(load_data(data), split)
+    path = data / images.files[len(images) // 2]
     whole = path.read_bytes()
     path.write_bytes(whole[:len(whole) // 2])
     return path, lambda: path.write_bytes(whole)
 
 
 @pytest.mark.parametrize("split,processes,workers", [("train", 1, 0), ("train", 1, 2), ("train", 2, 0), ("selection", 2, 2), ("val", 2, 0), ("val", 1, 2)])
-def test_a_corrupt_picture(split, processes, workers, pictures, tmp_path, forked):
-    data = shutil.copytree(pictures, tmp_path / "data")
+def test_a_corrupt_image(split, processes, workers, images, tmp_path, forked):
+    data = shutil.copytree(images, tmp_path / "data")
     options = dict(data_dir=data, save_dir=tmp_path, processes=processes, workers=workers)
     assert forked(**{**options, "name": "whole"}).finish() == [0] * processes
     path, mend = corrupt(data, split)
@@ -223,24 +223,24 @@ def test_a_corrupt_picture(split, processes, workers, pictures, tmp_path, forked
     assert len(read_events(tmp_path / "run", "epoch")) == 3
 
 
-def test_skip_corrupt(pictures, tmp_path, forked):
-    data = shutil.copytree(pictures, tmp_path / "data")
+def test_skip_corrupt(images, tmp_path, forked):
+    data = shutil.copytree(images, tmp_path / "data")
     paths = [corrupt(data, split)[0] for split in ("train", "val")]
-    run = forked(data_dir=data, save_dir=tmp_path, skip_corrupt=True)
+    run = forked(data_dir=data, save_dir=tmp_path, skip_unreadable=True)
     assert run.finish() == [0], run.text
-    assert "2 unreadable pictures" in run.text and all(str(p) in run.text for p in paths)
+    assert "2 unreadable images" in run.text and all(str(p) in run.text for p in paths)
     about, metrics = (json.loads((tmp_path / "run" / f).read_text()) for f in ("config.json", "metrics.json"))
-    assert about["splits"]["train"]["pictures"] == 41 and metrics["seen"]["scored"] == 11
+    assert about["splits"]["train"]["images"] == 41 and metrics["seen"]["scored"] == 11
 
 
-def test_weights_that_are_not_finite(pictures, tmp_path, forked):
+def test_weights_that_are_not_finite(images, tmp_path, forked):
     "A step that would spoil the model is not taken; all that was good is kept."
     for processes in 1, 2:
-        run = forked(processes, data_dir=pictures, save_dir=tmp_path, name=f"run{processes}", patch=(spoil_step, 3), patch_rank=processes - 1)
+        run = forked(processes, data_dir=images, save_dir=tmp_path, name=f"run{processes}", patch=(spoil_step, 3), patch_rank=processes - 1)
         assert run.finish() == [1] * processes, run.text
         errors = [line for line in run.text.splitlines() if line.startswith("error")]
         assert len(errors) == processes and len(set(errors)) == 1 and "not finite" in errors[0] and "Traceback" not in run.text
-        assert len(re.findall(r"\d+", errors[0].split("pictures are")[1])) == 8 * processes   # those of the whole step
+        assert len(re.findall(r"\d+", errors[0].split("images are")[1])) == 8 * processes   # those of the whole step
         end = read_events(tmp_path / f"run{processes}")[-1]
         assert end["reason"] == "failed" and end["step"] == 3 and "not finite" in end["error"]
         state = load_file(tmp_path / f"run{processes}/checkpoints/step-00000003/state.safetensors")

@@ -95,7 +95,7 @@ def test_true_sizes(make, name, size, classes, layout):
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in ours.items()}
 
 
-def test_swag_trunk_without_head(tmp_path):
+def test_swag_backbone_without_head(tmp_path):
     state = {k: v for k, v in in_native_layout(torchvision_vit().state_dict()).items() if not k.startswith("head.")}
     torch.save(state, tmp_path / "vit.torch")
     b = load_backbone("vit_tiny_patch16_224", checkpoint=tmp_path / "vit.torch", num_classes=365)
@@ -163,7 +163,7 @@ def test_google(layout, size, tmp_path):
     timms = timm.create_model(NAME, img_size=size, num_classes=CLASSES).eval()
     timms.load_pretrained(str(tmp_path / "w.npz"))
     ours, images = load_backbone(NAME, checkpoint=tmp_path / "w.npz", image_size=size), torch.randn(2, 3, size, size)
-    assert all(torch.equal(v, timms.state_dict()[k]) for k, v in ours.trunk.state_dict().items())
+    assert all(torch.equal(v, timms.state_dict()[k]) for k, v in ours.vit.state_dict().items())
     with torch.no_grad():
         assert (logits(ours, images) - timms(images)).abs().max() < 1e-5
     assert ("bilinear" in ours.source) == (size != 48)
@@ -264,7 +264,7 @@ def test_positions(family, rule, new, tmp_path):
         torch.save(randomised(timm.create_model(NAME, img_size=SIZE, num_classes=CLASSES, global_pool=pool).state_dict()), file)
     stored = to_timm(read_state_dict(file))["pos_embed"]
     b = load_backbone(NAME, checkpoint=file, image_size=tuple(16 * s for s in new))
-    found, expected = b.trunk.pos_embed, stored if new == (3, 3) else resampled(stored, (3, 3), new, *rule)
+    found, expected = b.vit.pos_embed, stored if new == (3, 3) else resampled(stored, (3, 3), new, *rule)
     assert torch.allclose(found, expected, atol=1e-6), (found - expected).abs().max()
     assert ("resampled from 48 x 48" in b.source) == (new != (3, 3)) and not found.requires_grad
 
@@ -278,15 +278,15 @@ def test_rules_differ():
 # ---- preprocessing ----
 
 def test_preprocessing_as_published(tmp_path):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 420, 3), dtype=np.uint8)).resize((631, 447), Image.Resampling.BICUBIC)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 420, 3), dtype=np.uint8)).resize((631, 447), Image.Resampling.BICUBIC)
     with torch.device("meta"):
         swag, mae, augreg = (load_backbone(n, pretrained=False) for n in ("swag_ig_ft_in1k", "mae_in1k_ft_in1k", "timm_augreg_in21k_ft_in1k"))
         linear = load_backbone("swag_ig_ft_in1k", pretrained=False, image_size=224)
         large = load_backbone("mae_in1k_ft_in1k", pretrained=False, image_size=384)
     published = ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1.transforms(), ViT_B_16_Weights.IMAGENET1K_SWAG_LINEAR_V1.transforms()
     for ours, theirs in zip((swag, linear), published, strict=True):
-        assert (ours.transform()(picture) - theirs(picture)).abs().max() < 1e-6
+        assert (ours.transform()(image) - theirs(image)).abs().max() < 1e-6
     for ours, crop_pct in ((augreg, .9), (mae, 224 / 256), (large, 1.)):
         p = ours.preprocessing
         theirs = timm.data.create_transform((3, *ours.image_size), interpolation="bicubic", mean=p.mean, std=p.std, crop_pct=crop_pct)
-        assert (ours.transform()(picture) - theirs(picture)).abs().max() < 1e-6
+        assert (ours.transform()(image) - theirs(image)).abs().max() < 1e-6

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.backbone import BackboneOutput
-from ..models.llb import LLBHead
+from ..models.llb import LabelBranch
 
 # %% ../../nbs/5_analysis/54_attention.ipynb #ac9bcc5c
 @contextmanager
@@ -33,7 +33,7 @@ def watch_attention(
 
 @torch.no_grad()
 def attention_maps(
-    head:LLBHead,
+    head:LabelBranch,
     features:BackboneOutput
 )->Tensor: # [B,L-1,H,1+N,1+N]; rows sum to 1, token 0 is the class token
     "The attention of every label-focused layer."

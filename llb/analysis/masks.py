@@ -62,8 +62,8 @@ def purity(table:np.ndarray)->float: # 0..1
 
 # %% ../../nbs/5_analysis/55_masks.ipynb #533722a5
 def _trade(regions:np.ndarray, things:np.ndarray, rng:np.random.Generator)->np.ndarray: # [S,N]
-    "Let the things of all pictures trade their categories by lot."
-    things = np.where(regions >= 0, things + np.arange(len(things))[:, None] * (things.max() + 1), -1)   # numbered over all pictures
+    "Let the things of all images trade their categories at random."
+    things = np.where(regions >= 0, things + np.arange(len(things))[:, None] * (things.max() + 1), -1)   # numbered over all images
     _, at, which = np.unique(things, return_index=True, return_inverse=True)
     category, start = regions.ravel()[at], int((regions < 0).any())   # what is left out comes first, and stays
     category[start:] = rng.permutation(category[start:])
@@ -74,17 +74,17 @@ def pnmi(
     codes,             # [S,N]
     permutations:int=200,
     seed:int=0,
-    things=None        # [S,N] number of the thing in its picture: trade categories among things; None to trade whole pictures
+    things=None        # [S,N] number of the thing in its image: trade categories among things; None to trade whole images
 )->dict[str, float]: # value, null (mean), null_95 (95th percentile), excess (value - null), p (one-sided)
-    "I(region; code) / H(region), beside what it is by lot."
+    "I(region; code) / H(region), beside what it is at random."
     regions, codes = np.asarray(regions), np.asarray(codes)
-    if len(regions) < 2: raise InputError("There is one picture; a null needs at least two.")
+    if len(regions) < 2: raise InputError("There is one image; a null needs at least two.")
     R, K, rng = regions.max() + 1, codes.max() + 1, np.random.default_rng(seed)
     def share(regions):
         found, of_regions = information(contingency(regions, codes, (R, K)))
         return found / of_regions if of_regions else 0.
-    by_lot = lambda: regions[rng.permutation(len(regions))] if things is None else _trade(regions, np.asarray(things), rng)
-    value, null = share(regions), np.array([share(by_lot()) for _ in range(permutations)])
+    at_random = lambda: regions[rng.permutation(len(regions))] if things is None else _trade(regions, np.asarray(things), rng)
+    value, null = share(regions), np.array([share(at_random()) for _ in range(permutations)])
     return {"value": value, "null": float(null.mean()), "null_95": float(np.quantile(null, .95)), "excess": value - float(null.mean()),
             "p": float((1 + (null >= value).sum()) / (1 + permutations))}
 
@@ -110,7 +110,7 @@ def miou_many_to_one(
 def miou_hungarian(
     regions, codes # [S,N]
 )->float: # 0..1, mean over the categories that occur; those without a code count 0
-    "The best one-to-one pairing of categories and codes over all pictures."
+    "The best one-to-one pairing of categories and codes over all images."
     overlap = iou(contingency(regions, codes))
     overlap = overlap[overlap.sum(1) > 0]
     return float(overlap[linear_sum_assignment(overlap, maximize=True)].sum() / len(overlap))
@@ -118,28 +118,28 @@ def miou_hungarian(
 def best_overlap(
     regions, codes # [S,N]
 )->float: # 0..1
-    "mBO: for each foreground region of a picture the best IoU of any code; mean over regions, then over pictures."
+    "mBO: for each foreground region of an image the best IoU of any code; mean over regions, then over images."
     each = []
     for r, c in zip(np.asarray(regions), np.asarray(codes)):
         if not (r > 0).any(): continue
         own = np.unique(c, return_inverse=True)[1].reshape(np.shape(c))   # few numbers make a small table
         table = contingency(r, own)
         each.append(iou(table)[1:][table[1:].sum(1) > 0].max(1).mean())
-    if not each: raise InputError("No picture has a foreground region (1, 2, ...).")
+    if not each: raise InputError("No image has a foreground region (1, 2, ...).")
     return float(np.mean(each))
 
 def foreground_ari(
     regions, codes # [S,N]
-)->float: # mean over pictures with at least two foreground regions
-    "Adjusted Rand index on foreground patches, picture by picture."
+)->float: # mean over images with at least two foreground regions
+    "Adjusted Rand index on foreground patches, image by image."
     each = [adjusted_rand_score(r[r > 0], c[r > 0]) for r, c in zip(np.asarray(regions), np.asarray(codes)) if len(np.unique(r[r > 0])) > 1]
-    if not each: raise InputError("No picture has two foreground regions; FG-ARI says nothing about single ones.")
+    if not each: raise InputError("No image has two foreground regions; FG-ARI says nothing about single ones.")
     return float(np.mean(each))
 
 # %% ../../nbs/5_analysis/55_masks.ipynb #46d49223
 def mask_scores(
-    regions, codes,             # [S,N]; regions hold categories shared by all pictures
-    other_regions, other_codes, # [S',N] other pictures, for the many-to-one mapping
+    regions, codes,             # [S,N]; regions hold categories shared by all images
+    other_regions, other_codes, # [S',N] other images, for the many-to-one mapping
     permutations:int=200, seed:int=0,
     things=None                 # see `pnmi`
 )->dict[str, float]:

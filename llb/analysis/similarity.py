@@ -29,13 +29,13 @@ def cosines(
 def similarity(
     index:ObjectIndex,
     of:str="objects",     # or "classes"
-    min_patches:int=20    # objects with fewer are left out; for classes, pictures
+    min_patches:int=20    # objects with fewer are left out; for classes, images
 )->tuple[np.ndarray, np.ndarray, np.ndarray]: # ids [M], visual cosines [M,M], label-focused cosines [M,M]
-    "Similarity among the trunk's tokens and among the label-focused ones."
+    "Similarity among the backbone's tokens and among the label-focused ones."
     if of not in ("objects", "classes"): raise InputError(f"of is {of!r}; it must be objects or classes.")
     name, count = ("object", index.patches) if of == "objects" else ("class", index.class_count)
     ids = np.flatnonzero(count >= min_patches)
-    if len(ids) < 2: raise InputError(f"{len(ids)} {of} have {min_patches} or more; similarity needs two: lower min_patches or use more pictures.")
+    if len(ids) < 2: raise InputError(f"{len(ids)} {of} have {min_patches} or more; similarity needs two: lower min_patches or use more images.")
     return ids, *(cosines(getattr(index, f"{name}_{side}")[ids] / count[ids, None]) for side in ("visual", "label"))
 
 # %% ../../nbs/5_analysis/56_similarity.ipynb #38fb5a18
@@ -77,9 +77,9 @@ def match_objects(
     a:ObjectIndex,
     b:ObjectIndex
 )->Matching: # best matched first; pairs without a common patch are left out
-    "Match the objects of two runs or epochs. Raises `InputError` for different pictures or grids."
+    "Match the objects of two runs or epochs. Raises `InputError` for different images or grids."
     if a.info["fingerprint"] != b.info["fingerprint"] or a.grid != b.grid:
-        raise InputError(f"The indices are of {len(a)} pictures on a {a.grid} grid and {len(b)} on {b.grid}, or of different files; build both from the same.")
+        raise InputError(f"The indices are of {len(a)} images on a {a.grid} grid and {len(b)} on {b.grid}, or of different files; build both from the same.")
     table = np.zeros((len(a.patches), len(b.patches)), np.int64)
     for part in np.array_split(np.arange(len(a)), len(a) // 4096 + 1):
         table += contingency(a.rows["first"][part], b.rows["first"][part], table.shape)

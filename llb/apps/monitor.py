@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAITING', 'FIELDS', 'draw_curves', 'draw_usage', 'snapshot_epochs', 'spread', 'draw_snapshots', 'results_html',
-           'run_html', 'Form', 'in_words', 'log_html', 'Logs', 'Panel', 'RunMonitor']
+           'run_html', 'Form', 'with_form_labels', 'log_html', 'Logs', 'Panel', 'RunMonitor']
 
 # %% ../../nbs/8_apps/84_monitor.ipynb #b9d59221
 import atexit, html, os, re, threading
@@ -18,12 +18,12 @@ from IPython.display import HTML, display
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
-from .html import picture_html
+from .html import figure_html
 from ..core.errors import InputError
 from ..core.files import read_json
 from ..data.datasets import dataset_name
 from ..plots.charts import as_columns, plot_perplexity_over_time, plot_training_curves
-from ..plots.maps import by_importance, draw_map, legend_entries, object_colours, show_picture
+from ..plots.maps import by_importance, draw_map, legend_entries, object_colours, show_image
 from ..plots.style import INK, plain_text, SMALL
 from ..runs.config import Config, recipe_file, RECIPES
 from ..runs.processes import attach, Run, RunFolder, start, State
@@ -34,7 +34,7 @@ def draw_curves(run:RunFolder)->Figure:
     "Loss, entropies, accuracy of the three predictions and learning rate by epoch. Raises `InputError` before the first epoch has ended."
     about = read_json(run.folder / "config.json")
     epochs = [e for e in run.events() if e["kind"] == "epoch"]
-    n = about.get("splits", {}).get("selection", {}).get("pictures")
+    n = about.get("splits", {}).get("selection", {}).get("images")
     return plot_training_curves(epochs, num_objects=about.get("config", {}).get("num_objects"), n=n)[0].figure
 
 def draw_usage(run:RunFolder)->Figure:
@@ -57,23 +57,23 @@ def draw_snapshots(
     folder:Path,   # of a run
     rows:int=4     # epochs shown
 )->Figure:
-    "How the assignment maps of a few pictures have changed. Raises `InputError` before the first epoch has ended."
+    "How the assignment maps of a few images have changed. Raises `InputError` before the first epoch has ended."
     epochs = spread(snapshot_epochs(folder), rows)
     if not epochs: raise InputError("There are no assignment maps yet; they come with the first epoch.")
-    names, shown = read_json(folder / "config.json").get("classes", []), load_file(folder / "snapshots/pictures.safetensors")
+    names, shown = read_json(folder / "config.json").get("classes", []), load_file(folder / "snapshots/images.safetensors")
     maps = [load_file(folder / f"snapshots/epoch-{e:04}.safetensors") for e in epochs]
     grid, last = tuple(maps[-1]["grid"].tolist()), maps[-1]
     colours = object_colours(by_importance(last["objects"], last["probability"].astype(np.float32)))
-    columns, lines = len(shown["picture"]), 1 + len(epochs)
+    columns, lines = len(shown["image"]), 1 + len(epochs)
     figure = Figure(figsize=(1.7 * columns + .3, 1.85 * lines + .7), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
     name = lambda i: plain_text(names[i] if i < len(names) else i, 16)
-    for m, picture in enumerate(shown["picture"] / 255):
-        show_picture(axes[0, m], picture, grid)
+    for m, image in enumerate(shown["image"] / 255):
+        show_image(axes[0, m], image, grid)
         axes[0, m].set_title(f"true: {name(shown['label'][m])}", fontsize=SMALL, color=INK)
         for r, (epoch, seen) in enumerate(zip(epochs, maps), 1):
             objects, p = seen["objects"][m].reshape(grid), seen["probability"][m].astype(np.float32).reshape(grid)
-            draw_map(axes[r, m], picture, objects, p, colours, 4)
+            draw_map(axes[r, m], image, objects, p, colours, 4)
             guess = seen["label_prediction"][m]
             axes[r, m].set_title(f"label: {name(guess)} {'✓' if guess == shown['label'][m] else '✗'}", fontsize=SMALL, color=INK)
             if m == 0: axes[r, 0].set_ylabel(f"epoch {epoch}", fontsize=SMALL + 1, color=INK)
@@ -91,7 +91,7 @@ def results_html(run:RunFolder)->str: # "" until the run is done
     body = "".join(f'<tr><th scope="row">{html.escape(line[:24].strip())}</th>{cells(line, "td")}</tr>' for line in rows)
     return f"<table><caption>{html.escape(note)}</caption><tr><th></th>{cells(head, 'th')}</tr>{body}</table>"
 
-WAITING = "Pictures come with the first epoch. Until then the run reads its pictures and computes features, which takes a while; its logs tell."
+WAITING = "Images come with the first epoch. Until then the run reads its images and computes features, which takes a while; its logs tell."
 
 def run_html(run:Run)->str:
     "All there is to see of a run, as HTML that needs no kernel."
@@ -100,9 +100,9 @@ def run_html(run:Run)->str:
     parts = [f"<h4>{html.escape(f'{run.folder.name}: {ended}{epochs} epoch' + 's' * (epochs != 1))}</h4>"]
     if not epochs: return parts[0] + f"<p>{'It ended before its first epoch did.' if ended else WAITING}</p>"
     for draw, text in ((lambda: draw_curves(run), "Curves of loss, object entropy, accuracy and learning rate by epoch"),
-                       (lambda: draw_snapshots(run.folder), "Assignment maps of a few selection pictures, a row for each epoch"),
+                       (lambda: draw_snapshots(run.folder), "Assignment maps of a few selection images, a row for each epoch"),
                        (lambda: draw_usage(run), "Perplexity of the latent objects and number of dead objects by epoch")):
-        try: parts.append(picture_html(draw(), f"{text}, of run {run.folder.name}"))
+        try: parts.append(figure_html(draw(), f"{text}, of run {run.folder.name}"))
         except InputError as e: parts.append(f"<p>{html.escape(str(e))}</p>")
     return "".join(parts) + results_html(run)
 
@@ -157,7 +157,7 @@ class Form:
         if not (bundled if folder is None else Path(folder).is_dir()):
             raise InputError(f"data folder is {folder or ''!r}, but for {values['dataset']} it must be a folder that is there.")
         try: return Config.from_dict(values)
-        except InputError as e: raise InputError(in_words(str(e))) from e
+        except InputError as e: raise InputError(with_form_labels(str(e))) from e
 
     def processes(self)->int:
         "How many processes to start. Raises `InputError` for what this machine cannot run."
@@ -169,7 +169,7 @@ def _number(label:str, text:str, kind:type)->int|float:
     try: return kind(text)
     except ValueError: raise InputError(f"{label} is {text!r}, but it must be a {'whole ' * (kind is int)}number.") from None
 
-def in_words(message:str)->str: # "learning rate is -1.0, but ..."
+def with_form_labels(message:str)->str: # "learning rate is -1.0, but ..."
     "A sentence about a configuration with the names that the form shows."
     name = message.split(" ", 1)[0]
     return FIELDS.get(name, name) + message[len(name):]

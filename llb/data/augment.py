@@ -22,7 +22,7 @@ _MOVES = {"ShearX": lambda x, m: F.affine(x, 0.0, [0, 0], 1.0, [degrees(atan(m))
 
 @lru_cache(maxsize=32)
 def _sources(operation:str, magnitude:float, height:int, width:int)->np.ndarray: # [H*W], 1 + the number of a pixel, or 0 for black
-    "Where each pixel of a moved picture comes from."
+    "Where each pixel of a moved image comes from."
     numbers = np.arange(1, height * width + 1, dtype=np.int32).reshape(height, width)
     return np.asarray(_MOVES[operation](Image.fromarray(numbers), magnitude)).ravel().astype(np.intp)
 
@@ -92,7 +92,7 @@ def _level(name:str, magnitude:int, bins:int, height:int, width:int)->float:
 class RandAugment:
     "A few random operations of one strength, on arrays; from equal random numbers the pixels of torchvision's `v2.RandAugment`."
     def __init__(self,
-        num_ops:int=3,    # operations on each picture
+        num_ops:int=3,    # operations on each image
         magnitude:int=9,  # 0..bins-1
         bins:int=31       # steps of the magnitude
     ):

@@ -13,50 +13,50 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from ..core.console import say
+from ..core.console import print_main
 from ..core.errors import InputError
-from .images import Pictures, scan_folder
+from .images import ImageList, scan_folder
 from .splits import check_labels, Data, load_data, make_splits
 
 # %% ../../nbs/1_data/12_datasets.ipynb #243bd970
 def check_files(
-    pictures:Pictures # from a list, not from a folder
+    images:ImageList # from a list, not from a folder
 ):
     "Raise `InputError` when listed files are not there."
     wanted, missing = {}, []
-    for folder, _, name in (f.rpartition("/") for f in pictures.files): wanted.setdefault(folder, set()).add(name)
+    for folder, _, name in (f.rpartition("/") for f in images.files): wanted.setdefault(folder, set()).add(name)
     for folder, names in wanted.items():
-        path = pictures.root / folder
+        path = images.root / folder
         missing += [f"{folder}/{name}" for name in sorted(names.difference(os.listdir(path) if path.is_dir() else ()))]
-    if missing: raise InputError(f"{len(missing)} of {len(pictures)} listed pictures are not in {pictures.root}, {missing[0]} for one; "
+    if missing: raise InputError(f"{len(missing)} of {len(images)} listed images are not in {images.root}, {missing[0]} for one; "
                                  "unpack their archive there, or correct --data_dir.")
 
-def _from_rows(root:Path, rows:list[tuple[str, int]], classes:tuple[str, ...], source:str)->Pictures:
-    "Pictures from (file, label) pairs, by file name. Raises `InputError` when there are none, or files are missing."
-    if not rows: raise InputError(f"{root / source} lists no pictures.")
+def _from_rows(root:Path, rows:list[tuple[str, int]], classes:tuple[str, ...], source:str)->ImageList:
+    "Images from (file, label) pairs, by file name. Raises `InputError` when there are none, or files are missing."
+    if not rows: raise InputError(f"{root / source} lists no images.")
     names, labels = zip(*sorted(rows))
-    pictures = Pictures(root, names, labels, classes, names)
-    check_files(pictures)
-    return pictures
+    images = ImageList(root, names, labels, classes, names)
+    check_files(images)
+    return images
 
 # %% ../../nbs/1_data/12_datasets.ipynb #c7d70859
 def _class_folders(base:Path, key:Callable)->list[str]:
     "Class names in the official order. Raises `InputError` when there are no class folders."
     if not base.is_dir(): raise InputError(f"There is no folder {str(base)!r}; --data_dir must name the folder that holds train and val.")
     names = [d.name for d in base.iterdir() if d.is_dir() and not d.name.startswith(".")]
-    if not names: raise InputError(f"{base} has no class folders; its pictures must be sorted into one folder a class, named as in train.")
+    if not names: raise InputError(f"{base} has no class folders; its images must be sorted into one folder a class, named as in train.")
     return sorted(names, key=int if all(n.isdecimal() for n in names) else key)
 
 def read_folders(
     root:Path,        # holds train/ and val/
     key:Callable=str  # class name -> what to sort by
-)->tuple[Pictures, Pictures]: # train, val
+)->tuple[ImageList, ImageList]: # train, val
     "Read class folders in the order of `key`."
     classes = tuple(_class_folders(root / "train", key))
     _class_folders(root / "val", key)
     train, val = (scan_folder(root, split, classes) for split in ("train", "val"))
     if empty := sorted(set(range(len(classes))) - set(train.labels)):
-        raise InputError(f"{len(empty)} class folders of {root / 'train'} hold no picture, {classes[empty[0]]} for one; fill or remove them.")
+        raise InputError(f"{len(empty)} class folders of {root / 'train'} hold no image, {classes[empty[0]]} for one; fill or remove them.")
     return train, val
 
 # %% ../../nbs/1_data/12_datasets.ipynb #cfc4a5c6
@@ -64,27 +64,27 @@ def _timm_info(name:str)->str: return (files("timm.data") / "_info" / name).read
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 
-def read_imagenet(root:Path)->tuple[Pictures, Pictures]: # train, val
+def read_imagenet(root:Path)->tuple[ImageList, ImageList]: # train, val
     "ImageNet in class folders. Raises `InputError` when 1000 folders are named by WordNet ids, but not by ImageNet's."
     train, val = read_folders(root)
     if len(train.classes) == 1000 and all(map(_WORDNET_ID.fullmatch, train.classes)):
         if odd := sorted(set(train.classes) - set(_timm_info("imagenet_synsets.txt").split())):
             raise InputError(f"{len(odd)} class folders of {root} are no classes of ImageNet-1k, {odd[0]} for one; its labels would be others.")
     elif not all(map(_WORDNET_ID.fullmatch, train.classes)):
-        say(f"The class folders of {root} are not named by WordNet ids; their order is taken to be ImageNet's.")
+        print_main(f"The class folders of {root} are not named by WordNet ids; their order is taken to be ImageNet's.")
     return train, val
 
 # %% ../../nbs/1_data/12_datasets.ipynb #f5ac82c2
 _NESTED = {"desert_sand", "desert_vegetation", "field_cultivated", "field_wild"}
 _PLACES = "13633ca76f73b1d9ed008d7ee1b57e9a000aa913afeee54886f4f0b813bb349d"  # sha256 of the 365 names, `_` for - and /, one a line
 
-def _check_places(pictures:Pictures):
+def _check_places(images:ImageList):
     "Say so when 365 classes are not the official ones in their order."
-    names = "\n".join(c.replace("-", "_") for c in pictures.classes)
-    if len(pictures.classes) == 365 and hashlib.sha256(names.encode()).hexdigest() != _PLACES:
-        say(f"The classes of {pictures.root} are not named as those of Places365; their order is taken to be the official one.")
+    names = "\n".join(c.replace("-", "_") for c in images.classes)
+    if len(images.classes) == 365 and hashlib.sha256(names.encode()).hexdigest() != _PLACES:
+        print_main(f"The classes of {images.root} are not named as those of Places365; their order is taken to be the official one.")
 
-def _read_easyformat(root:Path)->tuple[Pictures, Pictures]:
+def _read_easyformat(root:Path)->tuple[ImageList, ImageList]:
     "Places365 in class folders."
     if all(len(c) == 1 for c in _class_folders(root / "train", str)):
         raise InputError(f"{root / 'train'} has a folder for each initial, not for each class. Call it data_256, its companion val_256, and put "
@@ -104,10 +104,10 @@ def _first_folder(root:Path, *names:str)->str:
     "The first of some folders that exists. Raises `InputError` when none does."
     for name in names:
         if (root / name).is_dir(): return name
-    raise InputError(f"{root} holds none of the folders {', '.join(names)}; unpack Places365's pictures there.")
+    raise InputError(f"{root} holds none of the folders {', '.join(names)}; unpack Places365's images there.")
 
-def _read_lists(root:Path)->tuple[Pictures, Pictures]:
-    "Places365 with its official lists; the 256-pixel pictures where both sizes are there."
+def _read_lists(root:Path)->tuple[ImageList, ImageList]:
+    "Places365 with its official lists; the 256-pixel images where both sizes are there."
     places = sorted(_read_list(root / "categories_places365.txt"), key=lambda row: row[1])
     if [y for _, y in places] != list(range(len(places))): raise InputError(f"{root}/categories_places365.txt does not count classes 0, 1, 2, ...")
     train, val = (_read_list(root / f"places365_{name}.txt") for name in ("train_standard", "val"))
@@ -122,12 +122,12 @@ def _read_lists(root:Path)->tuple[Pictures, Pictures]:
             _from_rows(root, [(f"{val_folder}/{f}", y) for f, y in val], classes, "places365_val.txt"))
 
 # %% ../../nbs/1_data/12_datasets.ipynb #2bcc8c23
-def read_places365(root:Path)->tuple[Pictures, Pictures]: # train, val
+def read_places365(root:Path)->tuple[ImageList, ImageList]: # train, val
     "Places365 as class folders or with its lists, whichever is there."
     if (root / "train").is_dir(): train, val = _read_easyformat(root)
     elif any(root.glob("*places365*.txt")): train, val = _read_lists(root)
     else: raise InputError(f"{root} is no Places365: it needs train and val with class folders, or places365_train_standard.txt, "
-                           "places365_val.txt and categories_places365.txt beside the picture folders.")
+                           "places365_val.txt and categories_places365.txt beside the image folders.")
     _check_places(train)
     return train, val
 
@@ -153,7 +153,7 @@ def _join(path:Path, images:dict, names:dict, pairs:list)->list[tuple[str, int]]
     return [(f, labels[i]) for i, f in images.items()]
 
 # %% ../../nbs/1_data/12_datasets.ipynb #23ad1de1
-def read_inat18(root:Path)->tuple[Pictures, Pictures]: # train, val
+def read_inat18(root:Path)->tuple[ImageList, ImageList]: # train, val
     "iNaturalist 2018 with its JSON files. Raises `InputError` for files, images or annotations that are missing."
     paths = [root / f"{split}2018.json" for split in ("train", "val")]
     (images, names, pairs), (val_images, val_names, val_pairs) = map(_read_annotations, paths)
@@ -172,7 +172,7 @@ class Official:
     "A data set of the paper."
     name: str
     num_classes: int
-    train: int        # pictures
+    train: int        # images
     val: int
     read: Callable    # folder -> train, val
 
@@ -194,7 +194,7 @@ def load_dataset(
     name:str,                      # ImageNet, Places365, iNat18, ImageFolder or openclipart, in any case
     data_dir:str|Path|None=None,   # its folder; only openclipart can do without
     class_num:int|None=None,       # the classes expected; None for the official number, where there is one
-    selection_fraction:float=0.15, # cut from the training pictures
+    selection_fraction:float=0.15, # cut from the training images
     seed:int=0                     # of that cut
 )->Data:
     "Read a data set by name. Raises `InputError` for a missing or incomplete folder, or one with other classes."
@@ -207,7 +207,7 @@ def load_dataset(
         train, val = official.read(root)
         check_labels(train, class_num or official.num_classes)
         if class_num is None and (len(train), len(val)) != (official.train, official.val):
-            say(f"{root} holds {len(train):,} training and {len(val):,} validation pictures; all of {official.name} is "
+            print_main(f"{root} holds {len(train):,} training and {len(val):,} validation images; all of {official.name} is "
                 f"{official.train:,} and {official.val:,}.")
         data = make_splits(train, val, selection_fraction, seed)
     check_labels(data.train, class_num)
@@ -217,13 +217,13 @@ def load_dataset(
 _VALIDATION_NAME = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG")
 
 def real_labels(
-    pictures:Pictures
-)->list[set[int]|None]|None: # acceptable classes of each picture; None for one that does not count, None for pictures of another data set
-    "The reassessed labels of ImageNet's validation pictures, found by file name."
-    if not all(found := [_VALIDATION_NAME.fullmatch(f) for f in pictures.files]): return None
+    images:ImageList
+)->list[set[int]|None]|None: # acceptable classes of each image; None for one that does not count, None for images of another data set
+    "The reassessed labels of ImageNet's validation images, found by file name."
+    if not all(found := [_VALIDATION_NAME.fullmatch(f) for f in images.files]): return None
     ids = _timm_info("imagenet_synsets.txt").split()
-    if set(pictures.classes) <= set(ids): ours = {ids.index(c): y for y, c in enumerate(pictures.classes)}
-    elif len(pictures.classes) == len(ids): ours = {i: i for i in range(len(ids))}
+    if set(images.classes) <= set(ids): ours = {ids.index(c): y for y, c in enumerate(images.classes)}
+    elif len(images.classes) == len(ids): ours = {i: i for i in range(len(ids))}
     else: return None
     official = json.loads(_timm_info("imagenet_real_labels.json"))
     numbers = [int(m[1]) - 1 for m in found]

@@ -18,7 +18,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..core.console import say
+from ..core.console import print_main
 from ..core.errors import InputError
 from ..core.files import cache_dir
 from .weights import (content_hash, convert_focus, fetch, FOCUS_NAME, FOCUS_SHA256, focus_weights,
@@ -29,12 +29,12 @@ from ..data.preprocessing import Preprocessing
 # %% ../../nbs/2_models/22_backbone.ipynb #a8958fd4
 @dataclass
 class BackboneOutput:
-    "What the frozen trunk says about a batch of images."
+    "What the frozen backbone says about a batch of images."
     tokens: Tensor                        # [B,P+N,D] after block `target_layer`, not normalised
     grid: tuple[int, int]                 # (h, w) of the patches, h*w = N
     num_prefix: int                       # P, tokens in front of the patches
-    visual_features: Tensor|None = None   # [B,F] what a visual head reads; None when the trunk stopped early
-    visual_logits: Tensor|None = None     # [B,C] the trunk's own class scores; None when it has no head or stopped early
+    visual_features: Tensor|None = None   # [B,F] what a visual head reads; None when the backbone stopped early
+    visual_logits: Tensor|None = None     # [B,C] the backbone's own class scores; None when it has no head or stopped early
 
     @property
     def patches(self)->Tensor: # [B,N,D]
@@ -44,19 +44,19 @@ class BackboneOutput:
 class Backbone(nn.Module):
     "A frozen timm ViT that gives tokens with their grid, visual features and visual logits."
     def __init__(self,
-        trunk:nn.Module,              # a timm ViT-like model
+        vit:nn.Module,              # a timm ViT-like model
         spec:dict,                    # the arguments of `load_backbone` (or `backbone_from_state`) that make it again
         source:str,                   # where the weights came from, for people and config.json
         preprocessing:Preprocessing
     ):
         super().__init__()
-        self.trunk, self._hash, self.sharded = trunk.eval().requires_grad_(False), None, False   # `sharded`: see `llb.training.parallel.shard_trunk`
+        self.vit, self._hash, self.sharded = vit.eval().requires_grad_(False), None, False   # `sharded`: see `llb.training.parallel.shard_backbone`
         self.spec, self.name, self.source, self.preprocessing = spec, spec["name"], source, preprocessing
-        self.image_size, self.patch_size = preprocessing.image_size, int(trunk.feature_info[-1]["reduction"])
+        self.image_size, self.patch_size = preprocessing.image_size, int(vit.feature_info[-1]["reduction"])
         self.grid = tuple(side // self.patch_size for side in self.image_size)
-        self.depth, self.dim, self.num_features = len(trunk.blocks), trunk.embed_dim, trunk.head_hidden_size
-        self.num_classes, self.num_prefix = trunk.num_classes, trunk.num_prefix_tokens
-        self.num_heads = next(m.num_heads for m in trunk.blocks[0].modules() if hasattr(m, "num_heads"))
+        self.depth, self.dim, self.num_features = len(vit.blocks), vit.embed_dim, vit.head_hidden_size
+        self.num_classes, self.num_prefix = vit.num_classes, vit.num_prefix_tokens
+        self.num_heads = next(m.num_heads for m in vit.blocks[0].modules() if hasattr(m, "num_heads"))
 
     def train(self, mode:bool=True): return super().train(False)
 
@@ -64,20 +64,20 @@ class Backbone(nn.Module):
     def forward(self,
         images:Tensor,     # [B,3,H,W] normalised by `transform`
         layer:int,         # 1..depth, the block whose output is taken
-        visual:bool=True   # run the rest of the trunk for visual features and logits
+        visual:bool=True   # run the rest of the backbone for visual features and logits
     )->BackboneOutput:
         self.check(layer, images)
         if self.dtype == torch.bfloat16: images = images.bfloat16()
-        result = self.trunk.forward_intermediates(images, indices=[layer - 1], return_prefix_tokens=self.num_prefix > 0,
+        result = self.vit.forward_intermediates(images, indices=[layer - 1], return_prefix_tokens=self.num_prefix > 0,
             output_fmt="NLC", norm=False, stop_early=not visual, intermediates_only=not visual)
         final, (item,) = result if visual else (None, result)
         patches, prefix = item if self.num_prefix else (item, item[:, :0])
         return BackboneOutput(torch.cat([prefix, patches], 1), self.grid, self.num_prefix,
-            visual_features=self.trunk.forward_head(final, pre_logits=True) if visual else None,
-            visual_logits=self.trunk.forward_head(final) if visual and self.num_classes else None)
+            visual_features=self.vit.forward_head(final, pre_logits=True) if visual else None,
+            visual_logits=self.vit.forward_head(final) if visual and self.num_classes else None)
 
     def check(self, layer:int, images:Tensor|None=None):
-        "Raise `InputError` for a layer the trunk does not have, or images of another size."
+        "Raise `InputError` for a layer the backbone does not have, or images of another size."
         if not 1 <= layer <= self.depth:
             raise InputError(f"target_layer is {layer}, but {self.name} has blocks 1 to {self.depth}.")
         if images is not None and tuple(images.shape[-2:]) != self.image_size:
@@ -85,7 +85,7 @@ class Backbone(nn.Module):
                 f"{self.image_size[0]} x {self.image_size[1]}: use backbone.transform(), or load it with image_size=.")
 
     def transform(self, train:bool=False)->Callable: # PIL image -> [3,H,W]
-        "The preprocessing this trunk expects; see `Preprocessing.transform`."
+        "The preprocessing this backbone expects; see `Preprocessing.transform`."
         return self.preprocessing.transform(train)
 
     @property
@@ -95,13 +95,13 @@ class Backbone(nn.Module):
 
     def content_hash(self)->str: # 16 hex digits
         "The name of these weights in checkpoints and caches; see `llb.models.weights.content_hash`. It does not change with how they are held."
-        return self._hash or content_hash(self.trunk.state_dict())
+        return self._hash or content_hash(self.vit.state_dict())
 
     def to_bfloat16(self)->"Backbone":
         "Hold the weights in bf16: half the memory, and nothing left to cast under autocast. Weights that no file has are rounded for good."
-        if not self.reloadable: self.trunk.load_state_dict({k: v.bfloat16() for k, v in self.trunk.state_dict().items()})
+        if not self.reloadable: self.vit.load_state_dict({k: v.bfloat16() for k, v in self.vit.state_dict().items()})
         self.keep_hash()
-        self.trunk.bfloat16()
+        self.vit.bfloat16()
         return self
 
     def keep_hash(self):
@@ -110,11 +110,11 @@ class Backbone(nn.Module):
 
     @property
     def dtype(self)->torch.dtype: # of the weights
-        return next(self.trunk.parameters()).dtype
+        return next(self.vit.parameters()).dtype
 
     def state(self)->StateDict:
         "The weights as a file keeps them."
-        return {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in self.trunk.state_dict().items()}
+        return {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in self.vit.state_dict().items()}
 
 # %% ../../nbs/2_models/22_backbone.ipynb #06cf827d
 _TOKEN_VIT = ("patch_embed", "blocks", "embed_dim", "num_prefix_tokens", "forward_intermediates", "head_hidden_size", "feature_info")
@@ -131,14 +131,14 @@ def architecture(
     raise InputError(f"Unknown backbone {name!r}. Near matches: {', '.join(near) or 'none'}. Any ViT of timm works; "
                      "timm.list_models('*vit*') lists them.")
 
-def _check_trunk(trunk:nn.Module, name:str):
+def _check_vit(vit:nn.Module, name:str):
     "Refuse models that are not one sequence of tokens of constant width."
-    missing = [a for a in _TOKEN_VIT if not hasattr(trunk, a)]
-    if not missing and "return_prefix_tokens" not in inspect.signature(trunk.forward_intermediates).parameters: missing = ["prefix tokens"]
-    widths = {(f["num_chs"], f["reduction"]) for f in getattr(trunk, "feature_info", [])}
+    missing = [a for a in _TOKEN_VIT if not hasattr(vit, a)]
+    if not missing and "return_prefix_tokens" not in inspect.signature(vit.forward_intermediates).parameters: missing = ["prefix tokens"]
+    widths = {(f["num_chs"], f["reduction"]) for f in getattr(vit, "feature_info", [])}
     if missing or len(widths) != 1:
         raise InputError(f"{name} is not a plain token ViT ({'it lacks ' + ', '.join(missing) if missing else 'its stages differ in width'}); "
-                         "latent objects need patch tokens of one size, as ViT, DeiT, EVA, BEiT, DINOv2 or SigLIP trunks give.")
+                         "latent objects need patch tokens of one size, as ViT, DeiT, EVA, BEiT, DINOv2 or SigLIP backbones give.")
 
 # %% ../../nbs/2_models/22_backbone.ipynb #c9e92af2
 def _image_size(image_size:int|tuple[int,int], patch:int, name:str)->tuple[int,int]:
@@ -150,21 +150,21 @@ def _image_size(image_size:int|tuple[int,int], patch:int, name:str)->tuple[int,i
                          f"the nearest that fits is {near[0]} x {near[1]}.")
     return pair
 
-def _default_size(trunk:nn.Module)->tuple[int,int]:
-    "The size a trunk was built for."
-    return tuple(getattr(trunk.patch_embed, "img_size", None) or trunk.pretrained_cfg["input_size"][1:])
+def _default_size(vit:nn.Module)->tuple[int,int]:
+    "The size a backbone was built for."
+    return tuple(getattr(vit.patch_embed, "img_size", None) or vit.pretrained_cfg["input_size"][1:])
 
 # %% ../../nbs/2_models/22_backbone.ipynb #ab584044
 def _stored_size(
-    state:StateDict,                # a trunk's weights, in timm's layout
-    trunk:nn.Module,                # its architecture, at any size
+    state:StateDict,                # a backbone's weights, in timm's layout
+    vit:nn.Module,                # its architecture, at any size
     asked:tuple[int,int]|None=None  # the size the user wants
 )->tuple[int,int]: # the size its positions were stored for; the architecture's own when it stores none
-    "The image size a file was saved at. Raises `InputError` when its positions fit no picture."
-    patch = int(trunk.feature_info[-1]["reduction"])
+    "The image size a file was saved at. Raises `InputError` when its positions fit no image."
+    patch = int(vit.feature_info[-1]["reduction"])
     h, w = (side // patch for side in asked or (0, 0))
     if (positions := state.get("pos_embed")) is not None:
-        count = positions.shape[1] - (0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens)
+        count = positions.shape[1] - (0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens)
         side = math.isqrt(max(count, 0))
         if side and side * side == count: return (side * patch,) * 2
         if asked and count == h * w: return asked
@@ -174,16 +174,16 @@ def _stored_size(
             side = math.isqrt(len(table) - extra)
             if side * side == len(table) - extra and side % 2: return ((side + 1) // 2 * patch,) * 2
             if asked and len(table) == (2*h - 1) * (2*w - 1) + extra: return asked
-    return _default_size(trunk)
+    return _default_size(vit)
 
-def _resize(trunk:nn.Module, size:tuple[int,int], resampling:dict):
-    "Bring a filled trunk to another size, its position embeddings by the rule of their family; timm's, where `resampling` is empty."
-    if _default_size(trunk) == size: return
-    positions, grid = getattr(trunk, "pos_embed", None), trunk.patch_embed.grid_size
-    trunk.set_input_size(size)   # gives the trunk a new parameter; the old one stays as it was
+def _resize(vit:nn.Module, size:tuple[int,int], resampling:dict):
+    "Bring a filled backbone to another size, its position embeddings by the rule of their family; timm's, where `resampling` is empty."
+    if _default_size(vit) == size: return
+    positions, grid = getattr(vit, "pos_embed", None), vit.patch_embed.grid_size
+    vit.set_input_size(size)   # gives the backbone a new parameter; the old one stays as it was
     if resampling and positions is not None:
-        prefix = 0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens
-        trunk.pos_embed.data = resample_abs_pos_embed(positions.detach(), trunk.patch_embed.grid_size, grid, prefix, **resampling)
+        prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
+        vit.pos_embed.data = resample_abs_pos_embed(positions.detach(), vit.patch_embed.grid_size, grid, prefix, **resampling)
 
 # %% ../../nbs/2_models/22_backbone.ipynb #a5096ba0
 @lru_cache(maxsize=16)
@@ -191,7 +191,7 @@ def _outline(arch:str)->nn.Module: # on the meta device; not to be changed
     "An architecture without memory for its weights, to ask about sizes and parts."
     with torch.device("meta"): return timm.create_model(arch)
 
-def _make_trunk(
+def _make_vit(
     arch:str,                   # timm's name
     size:tuple[int,int],        # height and width in pixels
     num_classes:int|None=None,  # None for the architecture's own
@@ -209,46 +209,46 @@ def _head_reads_token(outline:nn.Module)->bool: # the norm comes before pooling
     return isinstance(getattr(outline, "fc_norm", None), nn.Identity)
 
 # %% ../../nbs/2_models/22_backbone.ipynb #3bd1d4c0
-def _read_trunk_state(
+def _read_vit_state(
     file:Path,
     outline:nn.Module,      # its architecture
     method:Method|None=None # of the release, when one was named
 )->tuple[StateDict, str]: # tensors in timm's layout, their family
-    "Read a trunk in any layout. Raises `InputError` when it does not belong to the method."
+    "Read a backbone in any layout. Raises `InputError` when it does not belong to the method."
     state = read_state_dict(file)
     layout = layout_of(state)
     if layout == "mae" and not _head_reads_token(outline): layout = "timm"   # the architecture's own way, as BEiT's
     family = {"torchvision": "swag"}.get(layout, layout)
     if method and family == "timm": family = method.family
     if method and family != method.family and (family, method.family) != ("google", "augreg"):
-        raise InputError(f"{file.name} has the layout of {layout} weights, but {method.key} is a trunk of the {method.family} family; "
+        raise InputError(f"{file.name} has the layout of {layout} weights, but {method.key} is a backbone of the {method.family} family; "
                          "pass its file, or load this one under its timm name.")
     return to_timm(state), family
 
 def _says_left_out(name:str, known:int, wanted:int|None)->bool: # whether there is a head and it does not fit
     "Tell the user when a class head cannot be used."
     if not known or wanted in (None, known): return False
-    say(f"The class head of {name} knows {known} classes, not {wanted}: it is left out, and a linear one will be trained.")
+    print_main(f"The class head of {name} knows {known} classes, not {wanted}: it is left out, and a linear one will be trained.")
     return True
 
-def _trunk_from_state(arch:str, state:StateDict, num_classes:int|None, size:tuple[int,int], name:str)->nn.Module:
+def _vit_from_state(arch:str, state:StateDict, num_classes:int|None, size:tuple[int,int], name:str)->nn.Module:
     "Build the architecture a state needs, at the state's size, and fill it strictly. Raises `InputError` when they do not match."
     head = state.get("head.weight")
     if _says_left_out(name, 0 if head is None else len(head), num_classes):
         state, head = {k: v for k, v in state.items() if not k.startswith(("head.", "head_dist."))}, None
-    trunk = _make_trunk(arch, size, 0 if head is None else len(head), patch_mean="fc_norm.weight" in state)
-    try: trunk.load_state_dict(state, strict=True)
+    vit = _make_vit(arch, size, 0 if head is None else len(head), patch_mean="fc_norm.weight" in state)
+    try: vit.load_state_dict(state, strict=True)
     except RuntimeError as e:
         raise InputError(f"The weights of {name} do not fit {arch}: {' '.join(str(e).split())[:400]}") from e
-    return trunk
+    return vit
 
 # %% ../../nbs/2_models/22_backbone.ipynb #2e36903d
-def _hub_trunk(arch:str, size:tuple[int,int], num_classes:int|None, name:str)->nn.Module:
-    "A trunk with the weights timm knows for it. Raises `InputError` when they cannot be had."
+def _hub_vit(arch:str, size:tuple[int,int], num_classes:int|None, name:str)->nn.Module:
+    "A backbone with the weights timm knows for it. Raises `InputError` when they cannot be had."
     published = timm.get_pretrained_cfg(arch)
-    if published is None: raise InputError(f"timm has no published weights for {name}; pass checkpoint=, or pretrained=False for a random trunk.")
+    if published is None: raise InputError(f"timm has no published weights for {name}; pass checkpoint=, or pretrained=False for a random backbone.")
     headless = _says_left_out(name, published.num_classes, num_classes)
-    try: return _make_trunk(arch, size, 0 if headless else None, pretrained=True)
+    try: return _make_vit(arch, size, 0 if headless else None, pretrained=True)
     except Exception as e:
         raise InputError(f"The weights of {name} could not be fetched ({type(e).__name__}: {str(e).strip().splitlines()[0][:160]}). Connect to the "
             f"Hugging Face hub once, pass checkpoint= a local file, or use the embedded backbone {FOCUS_NAME!r}.") from e
@@ -284,25 +284,25 @@ def load_backbone(
     method, arch = find_method(name), architecture(name)
     if method: name = method.key
     outline = _outline(arch)
-    _check_trunk(outline, name)
+    _check_vit(outline, name)
     asked = None if image_size is None else _image_size(image_size, int(outline.feature_info[-1]["reduction"]), name)
     family = method.family if method else "timm"
     native = (method.image_size,) * 2 if method else _default_size(outline)
     if file := _weights_file(name, method, checkpoint, pretrained):
-        state, family = _read_trunk_state(file, outline, method)
+        state, family = _read_vit_state(file, outline, method)
         native = _stored_size(state, outline, asked)
     size = asked or ((224, 224) if name == FOCUS_NAME else native)
     if file:
-        trunk, source = _trunk_from_state(arch, state, num_classes, native, file.name), file.name
-        _resize(trunk, size, FAMILIES[family].resampling)
-    elif pretrained: trunk, source = _hub_trunk(arch, size, num_classes, name), f"timm hub: {timm.get_pretrained_cfg(arch).hf_hub_id or name}"
+        vit, source = _vit_from_state(arch, state, num_classes, native, file.name), file.name
+        _resize(vit, size, FAMILIES[family].resampling)
+    elif pretrained: vit, source = _hub_vit(arch, size, num_classes, name), f"timm hub: {timm.get_pretrained_cfg(arch).hf_hub_id or name}"
     else:
         if method: num_classes = num_classes or method.num_classes
-        trunk, source = _make_trunk(arch, size, num_classes, patch_mean=FAMILIES[family].patch_mean), "random"
-    if size != native and source != "random" and getattr(trunk, "pos_embed", None) is not None:
+        vit, source = _make_vit(arch, size, num_classes, patch_mean=FAMILIES[family].patch_mean), "random"
+    if size != native and source != "random" and getattr(vit, "pos_embed", None) is not None:
         source += f" (positions resampled from {native[0]} x {native[1]} to {size[0]} x {size[1]} pixels: {FAMILIES[family].rule})"
     spec = dict(name=name, checkpoint=checkpoint and str(checkpoint), num_classes=num_classes, image_size=list(size), pretrained=pretrained)
-    return Backbone(trunk, spec, source, _preprocessing(family, size, trunk.pretrained_cfg))
+    return Backbone(vit, spec, source, _preprocessing(family, size, vit.pretrained_cfg))
 
 # %% ../../nbs/2_models/22_backbone.ipynb #244de121
 def backbone_from_state(
@@ -320,9 +320,9 @@ def backbone_from_state(
     if side * side != positions.shape[1] - 1: raise InputError(f"{name} holds {positions.shape[1] - 1} patch positions, which are no square.")
     if dim % num_heads: raise InputError(f"num_heads is {num_heads}, but {name} is {dim} wide; it must be a divisor of that.")
     size = (side * kernel.shape[-1],) * 2
-    trunk = VisionTransformer(img_size=size, patch_size=kernel.shape[-1], in_chans=kernel.shape[1], num_classes=len(head), embed_dim=dim, depth=depth,
+    vit = VisionTransformer(img_size=size, patch_size=kernel.shape[-1], in_chans=kernel.shape[1], num_classes=len(head), embed_dim=dim, depth=depth,
         num_heads=num_heads, mlp_ratio=len(hidden) / dim, global_pool="avg" if "fc_norm.weight" in state else "token").to(positions.dtype)
-    try: trunk.load_state_dict(state, strict=True)
+    try: vit.load_state_dict(state, strict=True)
     except RuntimeError as e: raise InputError(f"{name} holds no plain ViT: {' '.join(str(e).split())[:400]}") from e
     spec = dict(num_heads=num_heads, family=family, name=name)
-    return Backbone(trunk, spec, name, _preprocessing(family, size, {}))
+    return Backbone(vit, spec, name, _preprocessing(family, size, {}))

@@ -18,10 +18,10 @@ from .weights import layout_of, read_state_dict, StateDict, to_timm, unwrap_stat
 REFERENCE_FAMILIES = {"vit": "augreg", "mae": "mae", "swag": "swag"}   # the release's variants -> families of llb.models.zoo
 _FIRST = "nv_blocks.0.nv_cluster."
 _NAMES = (
-    (r"^head\.visual_block\.", "nv_blocks.0."), (r"^head\.label_blocks\.(\d+)\.", lambda m: f"nv_blocks.{int(m[1]) + 1}."),
-    (r"^head\.objects\.assign\.", f"{_FIRST}nv_extractor.nv_extractor."), (r"^head\.objects\.embeddings$", f"{_FIRST}nv_embeddings"),
-    (r"^head\.cls_token$", f"{_FIRST}cls_token_nv"), (r"^head\.norm\.", "norm_nv."), (r"^head\.head\.", "nv_head."),
-    (r"^head\.visual_head\.", "head."), (r"^backbone\.trunk\.", ""))
+    (r"^branch\.visual_block\.", "nv_blocks.0."), (r"^branch\.label_blocks\.(\d+)\.", lambda m: f"nv_blocks.{int(m[1]) + 1}."),
+    (r"^branch\.objects\.assign\.", f"{_FIRST}nv_extractor.nv_extractor."), (r"^branch\.objects\.embeddings$", f"{_FIRST}nv_embeddings"),
+    (r"^branch\.cls_token$", f"{_FIRST}cls_token_nv"), (r"^branch\.norm\.", "norm_nv."), (r"^branch\.classifier\.", "nv_head."),
+    (r"^branch\.visual_head\.", "head."), (r"^backbone\.vit\.", ""))
 _SWAG_NAMES = (
     (r"^cls_token$", "class_token"), (r"^pos_embed$", "encoder.pos_embedding"), (r"^patch_embed\.proj\.", "conv_proj."),
     (r"^nv_blocks\.0\.", "encoder.nv_layers.nvlayer_0."), (r"^nv_blocks\.", "encoder.nv_layers.layer_"), (r"^blocks\.", "encoder.layers.layer_"),
@@ -46,12 +46,12 @@ def reference_family(
 )->str: # "vit", "mae" or "swag"
     "Tell the variant from the keys. Raises `InputError` when there is no label-focused part."
     if not any(k.startswith(_BRANCH) for k in state):
-        raise InputError("These weights have no label-focused part (no key with nv); a trunk alone is read by load_backbone(name, checkpoint=).")
+        raise InputError("These weights have no label-focused part (no key with nv); a backbone alone is read by load_backbone(name, checkpoint=).")
     return {"swag": "swag", "mae": "mae"}.get(layout_of(state), "vit")
 
 def _take_branch(state:StateDict, names:list[str], family:str)->StateDict: # under our names, `names`
     "The trained part of a state, strictly: nothing missing, nothing left."
-    theirs = {n: reference_name(f"head.{n}", family) for n in names}
+    theirs = {n: reference_name(f"branch.{n}", family) for n in names}
     missing, left = set(theirs.values()) - set(state), set(state) - set(theirs.values())
     if missing or left:
         what = [f"{len(keys)} {word} (as {min(keys)})" for keys, word in ((missing, "missing"), (left, "unexpected")) if keys]
@@ -73,11 +73,11 @@ def load_reference_checkpoint(
     branch = {k: v for k, v in state.items() if k.startswith(_BRANCH)}
     name = "reference checkpoint" if isinstance(source, dict) else f"reference checkpoint {Path(source).name}"
     backbone = backbone_from_state(to_timm({k: v for k, v in state.items() if k not in branch}), num_heads, REFERENCE_FAMILIES[family], name)
-    embeddings = branch.get(reference_name("head.objects.embeddings", family))
+    embeddings = branch.get(reference_name("branch.objects.embeddings", family))
     if embeddings is None: raise InputError(f"{name} has no latent objects ({reference_name('head.objects.embeddings', family)}).")
     num_layers = len({m[1] for k in branch if (m := _BLOCK.match(k))})
     model = LLB(backbone, len(embeddings), num_layers, target_layer, alpha, temperature)
-    try: model.head.to(embeddings.dtype).load_state_dict(_take_branch(branch, list(model.head.state_dict()), family))
+    try: model.branch.to(embeddings.dtype).load_state_dict(_take_branch(branch, list(model.branch.state_dict()), family))
     except RuntimeError as e: raise InputError(f"{name} does not fit: {' '.join(str(e).split())[:400]}") from e
     return model.eval()
 
@@ -88,12 +88,12 @@ def to_reference_state_dict(
     model:LLB,
     family:str # "vit", "mae" or "swag"
 )->StateDict: # sharing memory with the model
-    "The tensors in the release's layout, a linear visual head in place of the trunk's. Raises `InputError` for what has no place there."
+    "The tensors in the release's layout, a linear visual head in place of the backbone's. Raises `InputError` for what has no place there."
     if family not in REFERENCE_FAMILIES: raise InputError(f"The release has no variant {family!r}; choose vit, mae or swag.")
-    trunk = model.backbone.trunk.state_dict()
-    if extra := [k for k in trunk if not _PLAIN.fullmatch(k)]:
+    backbone = model.backbone.vit.state_dict()
+    if extra := [k for k in backbone if not _PLAIN.fullmatch(k)]:
         raise InputError(f"The release knows only the plain ViT, and {model.backbone.name} has {len(extra)} tensors more (as {extra[0]}).")
-    if (layout_of(trunk) == "mae") != (family == "mae"):
+    if (layout_of(backbone) == "mae") != (family == "mae"):
         raise InputError(f"The head of {model.backbone.name} reads the {'mean of the patches' if family != 'mae' else 'class token'}; "
                          f"it cannot be written as {family} (mae reads the mean of the patches, vit and swag the class token).")
     out = {reference_name(k, family): v for k, v in model.state_dict().items()}

@@ -60,7 +60,7 @@ def mark_epochs(ax:Axes, epochs:np.ndarray):
 def plot_training_curves(
     events,                     # one dict an epoch, or a dict of columns; see `PANELS` for the keys, and "epoch"
     num_objects:int|None=None,  # K, for the ceiling ln K
-    n:int|None=None,            # pictures in the selection split
+    n:int|None=None,            # images in the selection split
     axes=None                   # four Axes
 )->np.ndarray: # of Axes [4]
     "Loss terms, entropies of the assignment, accuracy of the three predictions, learning rate."
@@ -141,7 +141,7 @@ def plot_class_object_heatmap(
         support = as_array(support, "support", 2)
         shown &= support >= min_support
         note = f", n = {support.sum():,.0f} patches; blank: fewer than {min_support}"
-    if not shown.any(): raise InputError(f"No cell has {min_support} patches or more; lower min_support or use more pictures.")
+    if not shown.any(): raise InputError(f"No cell has {min_support} patches or more; lower min_support or use more images.")
     C, O = values.shape
     ax = new_axes(ax, (min(2.6 + .24 * O, 14), min(1.3 + .22 * C, 14)))
     heat = ax.imshow(np.where(shown, values, np.nan), cmap="cividis", aspect="auto", interpolation="nearest")
@@ -217,7 +217,7 @@ def plot_alpha_curve(
     accuracy,               # [A] top-1 on the selection split
     nll,                    # [A] nats
     chosen:float,           # the alpha that was chosen
-    n:int,                  # pictures in the selection split
+    n:int,                  # images in the selection split
     diagnostic=None,        # (accuracy [A], nll [A], n) on the reported data
     axes=None               # two Axes
 )->np.ndarray: # of Axes [2]: accuracy, NLL
@@ -244,7 +244,7 @@ def plot_similarity_matrices(
     visual,          # [C,C] cosines before the branch
     label,           # [C,C] cosines after it
     names,           # C class names or object ids
-    n:int|None=None, # pictures or patches behind the centroids
+    n:int|None=None, # images or patches behind the centroids
     axes=None        # two Axes
 )->np.ndarray: # of Axes [2]
     "Visual and label-focused similarity, side by side on one stated scale."
@@ -265,7 +265,7 @@ def plot_similarity_matrices(
 
 # %% ../../nbs/6_plots/62_charts.ipynb #751807fa
 def plot_agreement_table(
-    both:int,         # pictures both branches get right
+    both:int,         # images both branches get right
     only_visual:int,
     only_label:int,
     neither:int,
@@ -274,13 +274,13 @@ def plot_agreement_table(
     "Both right, only visual, only label, both wrong: counts and shares; the darker the more."
     counts = as_array([[both, only_visual], [only_label, neither]], "counts", 2)
     n = counts.sum()
-    if counts.min() < 0 or not n: raise InputError(f"The counts are {counts.ravel().tolist()}; give counts of at least one picture.")
+    if counts.min() < 0 or not n: raise InputError(f"The counts are {counts.ravel().tolist()}; give counts of at least one image.")
     ax = new_axes(ax, (4.2, 2.9))
     heat = ax.imshow(counts / n, cmap="cividis_r", vmin=0, vmax=1, aspect="auto", alpha=.6)
     for (y, x), text in np.ndenumerate(np.array([["both right", "only visual"], ["only label", "both wrong"]])):
         share = counts[y, x] / n
         ax.text(x, y, f"{text}\n{counts[y, x]:,} ({share:.1%})", ha="center", va="center", fontsize=SMALL + 1, color=INK)
     name_ticks(ax, ["visual right", "visual wrong"], ["label right", "label wrong"])
-    colour_bar(ax, heat, "share of pictures, scale 0 to 1")
+    colour_bar(ax, heat, "share of images, scale 0 to 1")
     decorate(ax, f"agreement of the branches, n = {n:,}")
     return ax

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GREYS', 'MAX_OPACITY', 'object_colours', 'colour_of', 'by_importance', 'top_objects', 'connected_regions', 'outlines',
-           'label_places', 'pale', 'tall', 'show_picture', 'patch_points', 'write_ids', 'draw_map', 'legend_entries',
-           'plot_assignment_map', 'plot_soft_map', 'verdict', 'plot_assignment_sheet', 'crop_around', 'plot_gallery',
-           'mask_on_grid', 'colours_by_mask', 'plot_mask_comparison', 'draw_mask']
+           'label_places', 'pale', 'image_height', 'show_image', 'patch_points', 'write_ids', 'draw_map',
+           'legend_entries', 'plot_assignment_map', 'plot_soft_map', 'prediction_line', 'plot_assignment_sheet',
+           'crop_around', 'plot_gallery', 'mask_on_grid', 'colours_by_mask', 'plot_mask_comparison', 'draw_mask']
 
 # %% ../../nbs/6_plots/61_maps.ipynb #0503c5fe
 import numpy as np
@@ -18,7 +18,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 
 from ..core.errors import InputError
-from .style import as_array, as_picture, colour_bar, HAIR, INK, new_axes, OKABE_ITO, plain_text, SMALL
+from .style import as_array, as_image, colour_bar, HAIR, INK, new_axes, OKABE_ITO, plain_text, SMALL
 
 # %% ../../nbs/6_plots/61_maps.ipynb #e2ede64d
 GREYS = ("#e0e0e0", "#cacaca", "#f5f5f5", "#d5d5d5", "#ebebeb")
@@ -111,24 +111,24 @@ def label_places(
 MAX_OPACITY = .75 # of an object's colour where the model is certain
 
 def pale(
-    picture:np.ndarray # [H,W,3], 0..1
+    image:np.ndarray # [H,W,3], 0..1
 )->np.ndarray: # [H,W,3] greys, 0.5..1
-    "Only light and shade of a picture, lightened."
-    grey = .5 + .5 * picture @ (.299, .587, .114)
+    "Only light and shade of an image, lightened."
+    grey = .5 + .5 * image @ (.299, .587, .114)
     return np.repeat(grey[..., None], 3, -1).clip(0, 1)
 
-def tall(picture:np.ndarray, width:float)->float: # inches
-    "Height of a picture that is `width` inches wide, within reason."
-    return float(np.clip(width * picture.shape[0] / picture.shape[1], 1, 2 * width))
+def image_height(image:np.ndarray, width:float)->float: # inches
+    "Height of an image that is `width` inches wide, within reason."
+    return float(np.clip(width * image.shape[0] / image.shape[1], 1, 2 * width))
 
-def show_picture(
+def show_image(
     ax:Axes,
-    picture:np.ndarray,   # [H,W,3]
+    image:np.ndarray,   # [H,W,3]
     grid:tuple[int, int]  # (h, w)
 ):
-    "A picture without ticks, measured in patches; its pixels stay square."
+    "An image without ticks, measured in patches; its pixels stay square."
     h, w = grid
-    ax.imshow(picture, extent=(0, w, h, 0), aspect=picture.shape[0] * w / (picture.shape[1] * h), interpolation="antialiased")
+    ax.imshow(image, extent=(0, w, h, 0), aspect=image.shape[0] * w / (image.shape[1] * h), interpolation="antialiased")
     ax.set(xticks=[], yticks=[], xlim=(0, w), ylim=(h, 0))
     ax.spines[:].set(color=HAIR, linewidth=.6)
 
@@ -154,15 +154,15 @@ def write_ids(
 # %% ../../nbs/6_plots/61_maps.ipynb #12472371
 def draw_map(
     ax:Axes,
-    picture:np.ndarray,     # [H,W,3]
+    image:np.ndarray,     # [H,W,3]
     objects:np.ndarray,     # [h,w]
     confidence:np.ndarray,  # [h,w]
     colours:dict[int, str], # see `object_colours`
     max_labels:int
 ):
-    "Colours, outlines and ids of an assignment map on a pale picture."
+    "Colours, outlines and ids of an assignment map on a pale image."
     h, w = grid = objects.shape
-    show_picture(ax, pale(picture), grid)
+    show_image(ax, pale(image), grid)
     rgba = np.empty((h, w, 4))
     for i in np.unique(objects): rgba[objects == i, :3] = to_rgb(colour_of(i, colours))
     rgba[..., 3] = MAX_OPACITY * confidence
@@ -188,19 +188,19 @@ def legend_entries(
     return entries
 
 def plot_assignment_map(
-    picture,                          # [H,W,3], 0..1
+    image,                          # [H,W,3], 0..1
     assignments,                      # [N,K], or the pair (objects [N], confidence [N])
     grid:tuple[int, int],             # (h, w) of the patches
-    colours:dict[int, str]|None=None, # see `object_colours`; None colours the eight largest of this picture, whatever another shows
+    colours:dict[int, str]|None=None, # see `object_colours`; None colours the eight largest of this image, whatever another shows
     ax:Axes|None=None,
     max_labels:int=12,                # ids written on the map
     legend:bool=True
 )->Axes:
     "Which patch is which object: outlines and ids first, colour second, opacity for confidence."
-    picture, (objects, confidence) = as_picture(picture), top_objects(assignments, grid)
+    image, (objects, confidence) = as_image(image), top_objects(assignments, grid)
     if colours is None: colours = object_colours(by_importance(objects, confidence))
-    ax = new_axes(ax, (5, tall(picture, 3.5) + .4))
-    draw_map(ax, picture, objects, confidence, colours, max_labels)
+    ax = new_axes(ax, (5, image_height(image, 3.5) + .4))
+    draw_map(ax, image, objects, confidence, colours, max_labels)
     ax.set_xlabel(f"{grid[0]} x {grid[1]} patches, {len(np.unique(objects))} objects, mean p {confidence.mean():.2f}; "
                   f"opacity {MAX_OPACITY} p", fontsize=SMALL, color=INK)
     if legend:
@@ -210,7 +210,7 @@ def plot_assignment_map(
 
 # %% ../../nbs/6_plots/61_maps.ipynb #07c54e55
 def plot_soft_map(
-    picture,                   # [H,W,3], 0..1
+    image,                   # [H,W,3], 0..1
     probabilities,             # [N], p(object | patch)
     grid:tuple[int, int],      # (h, w)
     vmin:float=0,
@@ -218,14 +218,14 @@ def plot_soft_map(
     object_id:int|None=None,   # for the title
     ax:Axes|None=None
 )->Axes:
-    "How much each patch is one object, over the pale picture."
-    picture, p = as_picture(picture), as_array(probabilities, "probabilities", 1)
+    "How much each patch is one object, over the pale image."
+    image, p = as_image(image), as_array(probabilities, "probabilities", 1)
     if len(p) != grid[0] * grid[1]:
         raise InputError(f"There are {len(p)} probabilities for a grid of {grid[0]} x {grid[1]} patches; give one a patch.")
     own, vmax = vmax is None, p.max() if vmax is None else vmax
     if not vmin < vmax: raise InputError(f"The scale runs from {vmin:.3g} to {vmax:.3g}; vmax must be above vmin.")
-    ax = new_axes(ax, (4.4, tall(picture, 3.3) + .5))
-    show_picture(ax, pale(picture), grid)
+    ax = new_axes(ax, (4.4, image_height(image, 3.3) + .5))
+    show_image(ax, pale(image), grid)
     heat = ax.imshow(p.reshape(grid), cmap="viridis", vmin=vmin, vmax=vmax, alpha=.8, extent=(0, grid[1], grid[0], 0),
                      aspect=ax.get_aspect(), interpolation="nearest")
     colour_bar(ax, heat, f"p(object | patch), {'own' if own else 'fixed'} scale {vmin:.3g} to {vmax:.3g}")
@@ -234,7 +234,7 @@ def plot_soft_map(
     return ax
 
 # %% ../../nbs/6_plots/61_maps.ipynb #3e209647
-def verdict(
+def prediction_line(
     who:str,        # "label" or "fused"
     prediction:str,
     truth:str|None
@@ -244,7 +244,7 @@ def verdict(
     return f"{who}: {plain_text(prediction, 18)}{mark}"
 
 def plot_assignment_sheet(
-    pictures,                          # M times [H,W,3], 0..1
+    images,                          # M times [H,W,3], 0..1
     assignments,                       # M times [N,K], or M pairs (objects [N], confidence [N])
     grid:tuple[int, int],              # (h, w)
     labels=None,                       # M true class names
@@ -253,13 +253,13 @@ def plot_assignment_sheet(
     colours:dict[int, str]|None=None,  # see `object_colours`; None for the objects that matter most on this sheet
     columns:int=3,                     # pairs in a row
     title:str=""
-)->np.ndarray: # of Axes [M,2]: picture, map
-    "Pictures beside their assignment maps, with shared colours and captions."
-    M = len(pictures)
-    if not M: raise InputError("There are no pictures; give at least one.")
+)->np.ndarray: # of Axes [M,2]: image, map
+    "Images beside their assignment maps, with shared colours and captions."
+    M = len(images)
+    if not M: raise InputError("There are no images; give at least one.")
     for name, x in dict(assignments=assignments, labels=labels, label_predictions=label_predictions,
                         fused_predictions=fused_predictions).items():
-        if x is not None and len(x) != M: raise InputError(f"{name} are {len(x)} for {M} pictures; give one a picture.")
+        if x is not None and len(x) != M: raise InputError(f"{name} are {len(x)} for {M} images; give one an image.")
     tops = [top_objects(a, grid) for a in assignments]
     objects, confidence = (np.stack(x) for x in zip(*tops))
     if colours is None: colours = object_colours(by_importance(objects, confidence))
@@ -268,13 +268,13 @@ def plot_assignment_sheet(
     axes = figure.subplots(rows, 3 * columns, squeeze=False, width_ratios=(1, 1, .06) * columns).reshape(-1, 3)
     for ax in (*axes[M:].flat, *axes[:M, 2]): ax.set_axis_off()
     for m, (left, right, _) in enumerate(axes[:M]):
-        show_picture(left, as_picture(pictures[m]), grid)
-        draw_map(right, as_picture(pictures[m]), *tops[m], colours, max_labels=6)
+        show_image(left, as_image(images[m]), grid)
+        draw_map(right, as_image(images[m]), *tops[m], colours, max_labels=6)
         truth = labels[m] if labels is not None else None
-        lines = [verdict(who, x[m], truth) for who, x in (("label", label_predictions), ("fused", fused_predictions)) if x is not None]
+        lines = [prediction_line(who, x[m], truth) for who, x in (("label", label_predictions), ("fused", fused_predictions)) if x is not None]
         left.set_title(f"true: {plain_text(truth, 18)}" if truth is not None else "", fontsize=SMALL, color=INK, loc="left")
         right.set_title("\n".join(lines), fontsize=SMALL, color=INK, loc="left")
-    note = (f"object, share of the {objects.size} patches of {M} pictures; {grid[0]} x {grid[1]} patches a picture, "
+    note = (f"object, share of the {objects.size} patches of {M} images; {grid[0]} x {grid[1]} patches an image, "
             f"opacity {MAX_OPACITY} p, mean p {confidence.mean():.2f}")
     figure.legend(handles=legend_entries(objects, colours, rows=8), title=note, loc="outside lower center", ncols=9, fontsize=SMALL,
                   title_fontsize=SMALL, frameon=False, handlelength=1.2, handleheight=1.1)
@@ -283,20 +283,20 @@ def plot_assignment_sheet(
 
 # %% ../../nbs/6_plots/61_maps.ipynb #8b2735c9
 def crop_around(
-    picture:np.ndarray,   # [H,W,3]
+    image:np.ndarray,   # [H,W,3]
     patch:int,            # 0..N-1, row by row
     grid:tuple[int, int],
     context:int           # patches on each side
 )->tuple[np.ndarray, tuple[float, float]]: # crop, (height, width) of a patch in pixels
-    "The patch in the middle of its surroundings; beyond the picture there is mid-grey."
-    size = picture.shape[0] / grid[0], picture.shape[1] / grid[1]
+    "The patch in the middle of its surroundings; beyond the image there is mid-grey."
+    size = image.shape[0] / grid[0], image.shape[1] / grid[1]
     margin = [round(context * s) for s in size]
-    padded = np.pad(picture, [(m, m) for m in margin] + [(0, 0)], constant_values=.75)
+    padded = np.pad(image, [(m, m) for m in margin] + [(0, 0)], constant_values=.75)
     top, left = (round(i * s) for i, s in zip(divmod(patch, grid[1]), size))
     return padded[top:top + round(size[0]) + 2 * margin[0], left:left + round(size[1]) + 2 * margin[1]], size
 
 def plot_gallery(
-    pictures,                # n times [H,W,3], 0..1: the picture each patch is from
+    images,                # n times [H,W,3], 0..1: the image each patch is from
     patches,                 # [n] patch numbers, row by row
     grid:tuple[int, int],    # (h, w)
     scores,                  # [n], p(object | patch)
@@ -308,8 +308,8 @@ def plot_gallery(
     "Exemplar patches, outlined in their surroundings, with their scores."
     patches, scores = as_array(patches, "patches", 1).astype(int), as_array(scores, "scores", 1)
     n, N = len(patches), grid[0] * grid[1]
-    if not n == len(scores) == len(pictures) or (captions is not None and len(captions) != n):
-        raise InputError(f"There are {n} patches, {len(scores)} scores and {len(pictures)} pictures; give one of each (and a caption) a tile.")
+    if not n == len(scores) == len(images) or (captions is not None and len(captions) != n):
+        raise InputError(f"There are {n} patches, {len(scores)} scores and {len(images)} images; give one of each (and a caption) a tile.")
     if patches.min() < 0 or patches.max() >= N:
         raise InputError(f"Patch numbers run from {patches.min()} to {patches.max()}; the grid has 0..{N - 1}.")
     columns, rows = min(columns, n), -(-n // min(columns, n))
@@ -317,8 +317,8 @@ def plot_gallery(
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes[n:]: ax.set_axis_off()
     for j, ax in enumerate(axes[:n]):
-        crop, size = crop_around(as_picture(pictures[j]), patches[j], grid, context)
-        show_picture(ax, crop, (h := crop.shape[0] / size[0], w := crop.shape[1] / size[1]))
+        crop, size = crop_around(as_image(images[j]), patches[j], grid, context)
+        show_image(ax, crop, (h := crop.shape[0] / size[0], w := crop.shape[1] / size[1]))
         for colour, width in ("white", 3), (INK, 1.2):
             ax.add_patch(Rectangle((w / 2 - .5, h / 2 - .5), 1, 1, fill=False, edgecolor=colour, linewidth=width))
         ax.set_xlabel(f"{scores[j]:.2f}" + (f"\n{plain_text(captions[j], 16)}" if captions is not None else ""), fontsize=SMALL, color=INK)
@@ -349,25 +349,25 @@ def colours_by_mask(
     return {int(i): colour_of(most(regions[objects == i]), region_colours) for i in np.unique(objects)}
 
 def plot_mask_comparison(
-    picture,              # [H,W,3], 0..1
+    image,              # [H,W,3], 0..1
     mask,                 # [H,W] whole numbers, 0 for the background
     assignments,          # [N,K], or the pair (objects [N], confidence [N])
     rival,                # the same of another method
     grid:tuple[int, int], # (h, w)
     names:tuple[str, str]=("latent objects", "rival")
-)->np.ndarray: # of Axes [4]: picture, mask, map, rival's map
-    "A picture, its true regions and two assignment maps, coloured by agreement."
-    picture, mask = as_picture(picture), as_array(mask, "mask", 2).astype(int)
-    if mask.shape != picture.shape[:2]: raise InputError(f"The mask is {mask.shape} and the picture {picture.shape[:2]}; give them the same size.")
+)->np.ndarray: # of Axes [4]: image, mask, map, rival's map
+    "An image, its true regions and two assignment maps, coloured by agreement."
+    image, mask = as_image(image), as_array(mask, "mask", 2).astype(int)
+    if mask.shape != image.shape[:2]: raise InputError(f"The mask is {mask.shape} and the image {image.shape[:2]}; give them the same size.")
     regions, present = mask_on_grid(mask, grid), np.unique(mask)
     colours = {0: "#eeeeee", **object_colours(present[present != 0])}
     axes = Figure(figsize=(9.6, 2.9), layout="constrained").subplots(1, 4)
-    show_picture(axes[0], picture, grid)
-    axes[0].set_title("picture", fontsize=SMALL + 1, color=INK)
-    draw_mask(axes[1], picture, mask, regions, colours)
+    show_image(axes[0], image, grid)
+    axes[0].set_title("image", fontsize=SMALL + 1, color=INK)
+    draw_mask(axes[1], image, mask, regions, colours)
     for ax, name, given in zip(axes[2:], names, (assignments, rival)):
         objects, confidence = top_objects(given, grid)
-        draw_map(ax, picture, objects, confidence, colours_by_mask(objects, regions, colours), max_labels=8)
+        draw_map(ax, image, objects, confidence, colours_by_mask(objects, regions, colours), max_labels=8)
         ax.set_title(plain_text(name), fontsize=SMALL + 1, color=INK)
         ax.set_xlabel(f"{len(np.unique(objects))} objects, mean p {confidence.mean():.2f}", fontsize=SMALL, color=INK)
     axes[0].set_xlabel(f"n = {regions.size} patches ({grid[0]} x {grid[1]})", fontsize=SMALL, color=INK)
@@ -375,14 +375,14 @@ def plot_mask_comparison(
 
 def draw_mask(
     ax:Axes,
-    picture:np.ndarray,    # [H,W,3]
+    image:np.ndarray,    # [H,W,3]
     mask:np.ndarray,       # [H,W]
     regions:np.ndarray,    # [h,w], the mask on the grid
     colours:dict[int, str]
 ):
-    "A pixel mask on a pale picture, each region with its number."
+    "A pixel mask on a pale image, each region with its number."
     h, w = regions.shape
-    show_picture(ax, pale(picture), regions.shape)
+    show_image(ax, pale(image), regions.shape)
     rgba = np.empty((*mask.shape, 4))
     for r in np.unique(mask): rgba[mask == r] = (*to_rgb(colour_of(r, colours)), MAX_OPACITY)
     ax.imshow(rgba, extent=(0, w, h, 0), aspect=ax.get_aspect(), interpolation="nearest")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'INK', 'HAIR', 'BLUE', 'ORANGE', 'GREEN', 'VERMILLION', 'SKY', 'YELLOW', 'PINK', 'BLACK', 'OKABE_ITO',
-           'as_array', 'as_picture', 'plain_text', 'new_axes', 'to_png', 'decorate', 'colour_bar', 'name_ticks']
+           'as_array', 'as_image', 'plain_text', 'new_axes', 'to_png', 'decorate', 'colour_bar', 'name_ticks']
 
 # %% ../../nbs/6_plots/60_style.ipynb #f0a45a50
 from io import BytesIO
@@ -33,14 +33,14 @@ def as_array(
     if bad: raise InputError(f"{what} holds {bad} of {x.size} values that are NaN or infinite; draw only what is finite, or mend the run.")
     return x
 
-def as_picture(
-    picture # [H,W,3], 0..1
+def as_image(
+    image # [H,W,3], 0..1
 )->np.ndarray: # [H,W,3]
-    "A picture as every drawing wants it."
-    x = as_array(picture, "picture", 3)
-    if x.shape[-1] != 3: raise InputError(f"picture has shape {x.shape}; give [height, width, 3], channels last.")
+    "An image as every drawing wants it."
+    x = as_array(image, "image", 3)
+    if x.shape[-1] != 3: raise InputError(f"image has shape {x.shape}; give [height, width, 3], channels last.")
     if x.min() < -1e-3 or x.max() > 1.001:
-        raise InputError(f"picture has values from {x.min():.3g} to {x.max():.3g}; undo the normalisation, or divide by 255, "
+        raise InputError(f"image has values from {x.min():.3g} to {x.max():.3g}; undo the normalisation, or divide by 255, "
                          "so that they lie in 0..1.")
     return x.clip(0, 1)
 

@@ -6,14 +6,13 @@
 __all__ = ['list_data', 'make_data', 'make_backbone', 'make_model', 'load_trained']
 
 # %% ../../nbs/3_runs/32_build.ipynb #31730019
-import sys
 from pathlib import Path
 
-from ..core.console import say
+from ..core.console import print_main
 from ..core.errors import InputError
 from ..data.datasets import load_dataset
 from ..data.splits import Data
-from ..data.unreadable import refuse_corrupt, without_corrupt
+from ..data.unreadable import refuse_unreadable, without_unreadable
 from ..models.backbone import Backbone, load_backbone
 from ..models.llb import LLB
 from ..models.release import load_reference_checkpoint
@@ -31,19 +30,19 @@ def list_data(
 def make_data(
     config:DataOptions
 )->Data:
-    "The same, without pictures known to be unreadable: they are refused with `InputError`, or left out where that was asked for."
+    "The same, without images known to be unreadable: they are refused with `InputError`, or left out where that was asked for."
     data = list_data(config)
-    if config.skip_corrupt:
-        data, reasons = without_corrupt(data)
-        say("\n".join([f"Left out {len(reasons)} unreadable pictures:", *reasons]) if reasons else "All pictures can be read.")
-    else: refuse_corrupt(data)
+    if config.skip_unreadable:
+        data, reasons = without_unreadable(data)
+        print_main("\n".join([f"Left out {len(reasons)} unreadable images:", *reasons]) if reasons else "All images can be read.")
+    else: refuse_unreadable(data)
     return data
 
 def make_backbone(config:ModelOptions, num_classes:int)->Backbone:
-    "The frozen trunk a configuration names; a random one is announced."
-    if config.random_trunk: say("WARNING: --random_trunk: the trunk is randomly initialised and knows nothing; its numbers mean nothing.")
-    backbone = load_backbone(config.backbone, config.checkpoint, num_classes, config.image_size, pretrained=not config.random_trunk)
-    return backbone.to_bfloat16() if config.trunk_dtype == "bfloat16" else backbone
+    "The frozen backbone a configuration names; a random one is announced."
+    if config.random_backbone: print_main("WARNING: --random_backbone: the backbone is randomly initialised and knows nothing; its numbers mean nothing.")
+    backbone = load_backbone(config.backbone, config.checkpoint, num_classes, config.image_size, pretrained=not config.random_backbone)
+    return backbone.to_bfloat16() if config.backbone_dtype == "bfloat16" else backbone
 
 def make_model(config:ModelOptions, backbone:Backbone, num_classes:int)->LLB:
     "The model a configuration describes, freshly initialised from torch's global seed."
@@ -56,12 +55,12 @@ def load_trained(
     model:LLB,     # takes the weights
     source:str     # a folder or repository of save_pretrained, or a checkpoint file of the release
 ):
-    "Copy a trained head into a model. Raises `InputError` when it was trained on another trunk or has another shape."
+    "Copy a trained head into a model. Raises `InputError` when it was trained on another backbone or has another shape."
     if Path(source).is_file():
         trained = load_reference_checkpoint(source, num_heads=model.backbone.num_heads, target_layer=model.target_layer,
                                             alpha=model.alpha, temperature=model.settings["temperature"])
         if trained.backbone.content_hash() != model.backbone.content_hash():
-            raise InputError(f"{source} was trained on another trunk ({trained.backbone.content_hash()}) than {model.backbone.name} ({model.backbone.content_hash()}).")
+            raise InputError(f"{source} was trained on another backbone ({trained.backbone.content_hash()}) than {model.backbone.name} ({model.backbone.content_hash()}).")
     else: trained = LLB.from_pretrained(source, backbone=model.backbone)
-    try: model.head.load_state_dict(trained.head.state_dict())
+    try: model.branch.load_state_dict(trained.branch.state_dict())
     except RuntimeError as e: raise InputError(f"{source} holds an LLB of another shape: {' '.join(str(e).split())[:300]}") from e

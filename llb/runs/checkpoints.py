@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..core.console import say
+from ..core.console import print_main
 from ..core.errors import InputError
 from ..core.files import file_hash
 
@@ -105,7 +105,7 @@ def load_newest(
     found = checkpoints(folder)
     for path in reversed(found):
         try: return load_checkpoint(path)
-        except InputError as e: say(f"{e} Trying an earlier one.")
+        except InputError as e: print_main(f"{e} Trying an earlier one.")
     if found: raise InputError(f"All {len(found)} checkpoints in {folder} are damaged; start again with --overwrite.")
     return None
 

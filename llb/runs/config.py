@@ -27,17 +27,17 @@ def _require(ok:bool, name:str, value, rule:str):
 
 @dataclass(kw_only=True)
 class ModelOptions:
-    "The trunk and what is trained on it."
+    "The backbone and what is trained on it."
     backbone: str = FOCUS_NAME            # any timm ViT, or the embedded backbone
-    checkpoint: str|None = None           # a local file with the trunk's weights
-    random_trunk: bool = False            # a randomly initialised trunk, to try things out
-    image_size: int|None = None           # pixels; None for the size the trunk was trained at (embedded: 224)
+    checkpoint: str|None = None           # a local file with the backbone's weights
+    random_backbone: bool = False            # a randomly initialised backbone, to try things out
+    image_size: int|None = None           # pixels; None for the size the backbone was trained at (embedded: 224)
     num_objects: int = 2048               # K, latent objects
     num_layers: int = 6                   # L, counting the visual block; at least 2
     target_layer: int = 11                # the block whose tokens are used, counted from 1
     temperature: float = 0.1              # of the assignment softmax
     drop_path: float = 0.0                # stochastic depth in the label-focused blocks
-    trunk_dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; bfloat16 halves their memory and rounds them
+    backbone_dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; bfloat16 halves their memory and rounds them
     alpha: float|None = None              # weight of the visual prediction; None to choose it on the selection split
     nv_weights: str|None = None           # start from this trained LLB: a folder of save_pretrained, or a checkpoint of the release
 
@@ -51,35 +51,35 @@ class ModelOptions:
 # %% ../../nbs/3_runs/31_config.ipynb #be341330
 @dataclass(kw_only=True)
 class DataOptions:
-    "The pictures and how they are read."
+    "The images and how they are read."
     dataset: str = "openclipart"              # openclipart, ImageFolder, ImageNet, Places365 or iNat18
     data_dir: str|None = None                 # its folder; for ImageFolder class folders, or train/ and val/ with class folders
     class_num: int|None = None                # the classes expected; None for the data set's official number, or what is there
-    selection_fraction: float = 0.15          # cut from the training pictures, for choosing epoch and alpha
-    augment: Literal["randaugment", "none"] = "randaugment"  # of training pictures
+    selection_fraction: float = 0.15          # cut from the training images, for choosing epoch and alpha
+    augment: Literal["randaugment", "none"] = "randaugment"  # of training images
     cache: bool = False                       # keep the frozen tokens on disk wherever nothing random changes them
-    cache_views: int = 0                      # with cache: keep tokens of this many augmented views of each training picture, and take them in turn
-    cache_pixels: bool = False                # keep all pictures on disk as bytes, decoded, resized and cropped once; the same pixels as without
+    cache_views: int = 0                      # with cache: keep tokens of this many augmented views of each training image, and take them in turn
+    cache_images: bool = False                # keep all images on disk as bytes, decoded, resized and cropped once; the same pixels as without
     decode: Literal["exact", "draft"] = "exact"  # draft: decode large JPEGs at a part of their size; faster, other pixels
-    skip_corrupt: bool = False                # leave unreadable pictures out, listed and counted
-    workers: int = 2                          # processes that decode pictures, per training process
+    skip_unreadable: bool = False                # leave unreadable images out, listed and counted
+    workers: int = 2                          # processes that decode images, per training process
 
     def check(self):
         _require(0 < self.selection_fraction < 1, "selection_fraction", self.selection_fraction, "it must lie between 0 and 1")
         for name in "workers", "cache_views": _require(getattr(self, name) >= 0, name, getattr(self, name), "it cannot be negative")
         _require(not self.cache_views or (self.cache and self.augment != "none"), "cache_views", self.cache_views,
-                 "views of augmented pictures need --cache and an augmentation")
+                 "views of augmented images need --cache and an augmentation")
 
 # %% ../../nbs/3_runs/31_config.ipynb #bb7188ac
 @dataclass(kw_only=True)
 class OptimOptions:
     "How the trained part is optimised."
-    epochs: int = 50                    # passes over the training pictures
-    batch_size: int = 128               # pictures of one optimizer step, per process
+    epochs: int = 50                    # passes over the training images
+    batch_size: int = 128               # images of one optimizer step, per process
     micro_batches: int = 1              # parts a batch is computed in, to save memory; does not change the result
     opt: Literal["Adam", "AdamW", "SGD"] = "AdamW"
     lr: float = 1e-4                    # peak learning rate of the label branch
-    visual_lr: float = 1e-2             # of the linear visual head, for trunks without a head of their own
+    visual_lr: float = 1e-2             # of the linear visual head, for backbones without a head of their own
     weight_decay: float = 1e-4          # on matrices
     decay_all: bool = False             # decay biases, norms and the class token too, as the release does
     momentum: float = 0.9               # of SGD
@@ -116,7 +116,7 @@ class RunOptions:
     device: str = "auto"                # auto, cpu, cuda
     amp: bool = False                   # bf16 autocast
     compile: bool = False               # compile the transformer blocks: some minutes at the start, then faster steps
-    shard_trunk: bool = False           # share the frozen trunk out over the processes, for trunks too large for one GPU
+    shard_backbone: bool = False           # share the frozen backbone out over the processes, for backbones too large for one GPU
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # besides events.jsonl
     log_every: int = 10                 # steps between two lines in events.jsonl
     timeout: float = 600                # seconds a process waits for another that does not answer
@@ -130,21 +130,21 @@ class RunOptions:
 # %% ../../nbs/3_runs/31_config.ipynb #08d861ad
 @dataclass(kw_only=True)
 class VisualOptions:
-    "How a trunk itself is fine-tuned; the options of data, optimizer and run hold as well."
-    objective: Literal["llb", "visual"] = "llb"  # train LLB on a frozen trunk, or fine-tune the trunk and its class head
-    layer_decay: float = 0.75                    # factor of the learning rate from a trunk block to the one below it
-    trunk_drop_path: float = 0.1                 # stochastic depth of the last trunk block; less in those below it
-    auto_augment: str = "rand-m9-mstd0.5-inc1"   # of the trunk's training pictures, in timm's notation
-    random_erasing: float = 0.25                 # share of the trunk's training pictures with an erased part
-    mixup: float = 0.8                           # how strongly pairs of pictures are blended; 0 for never
-    cutmix: float = 1.0                          # how strongly parts of pictures are exchanged; 0 for never
-    smoothing: float = 0.1                       # of the trunk's target labels
+    "How a backbone itself is fine-tuned; the options of data, optimizer and run hold as well."
+    objective: Literal["llb", "visual"] = "llb"  # train LLB on a frozen backbone, or fine-tune the backbone and its class head
+    layer_decay: float = 0.75                    # factor of the learning rate from a backbone block to the one below it
+    backbone_drop_path: float = 0.1                 # stochastic depth of the last backbone block; less in those below it
+    auto_augment: str = "rand-m9-mstd0.5-inc1"   # of the backbone's training images, in timm's notation
+    random_erasing: float = 0.25                 # share of the backbone's training images with an erased part
+    mixup: float = 0.8                           # how strongly pairs of images are blended; 0 for never
+    cutmix: float = 1.0                          # how strongly parts of images are exchanged; 0 for never
+    smoothing: float = 0.1                       # of the backbone's target labels
 
     def check(self):
         _require(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "as a factor per block it must lie in 0..1, above 0")
         _require(not self.auto_augment or self.auto_augment.startswith("rand-"), "auto_augment", self.auto_augment,
                  "only timm's RandAugment can be had, such as rand-m9-mstd0.5-inc1, or nothing")
-        for name in "trunk_drop_path", "smoothing": _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "it must lie in 0..1, below 1")
+        for name in "backbone_drop_path", "smoothing": _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "it must lie in 0..1, below 1")
         _require(0 <= self.random_erasing <= 1, "random_erasing", self.random_erasing, "it must lie in 0..1")
         for name in "mixup", "cutmix": _require(getattr(self, name) >= 0, name, getattr(self, name), "it cannot be negative")
 
@@ -158,9 +158,9 @@ class Config(ModelOptions, DataOptions, OptimOptions, VisualOptions, RunOptions)
     @property
     def run_folder(self)->Path:
         "Where the run's files go."
-        trunk = "random_" * self.random_trunk + self.backbone
+        backbone = "random_" * self.random_backbone + self.backbone
         trained = "visual" if self.objective == "visual" else f"K{self.num_objects}-L{self.num_layers}"
-        return Path(self.save_dir) / (self.name or f"{self.dataset}-{trunk}-{trained}-seed{self.seed}".replace("/", "_"))
+        return Path(self.save_dir) / (self.name or f"{self.dataset}-{backbone}-{trained}-seed{self.seed}".replace("/", "_"))
 
     @classmethod
     def from_dict(cls, values:dict)->"Config":

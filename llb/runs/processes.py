@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.errors import InputError
 from ..core.files import read_json, write_json
 from .config import Config, parse_command
-from .folder import check_folder, LAUNCH, open_run, settle, tail_events
+from .folder import check_folder, LAUNCH, open_run, without_undone, tail_events
 from .launchers import LAUNCHERS, LEAVE_S, Process, Slurm, STOPPED, Torchrun
 
 # %% ../../nbs/3_runs/38_processes.ipynb #351d1b7a
@@ -79,7 +79,7 @@ class RunFolder:
         with self._lock:
             new, position = tail_events(self.folder, self._position)
             if position < self._position: self._events = []   # the run was started again
-            self._position, self._events = position, settle(self._events + new)
+            self._position, self._events = position, without_undone(self._events + new)
             return [e for e in self._events if e["time"] > since]
 
     def metrics(self)->dict: # {} until the run is done

@@ -15,15 +15,15 @@ RENAMED = {  # the release's name: ours
     "num_workers": "workers", "b": "batch_size", "wd": "weight_decay", "lr_step": "step_size", "lr_steps": "milestones",
     "lr_gamma": "gamma", "eta_min": "lr_min", "test_only": "eval"}
 
-ALWAYS = {"transfer", "freeze", "norm", "train_emb"}  # the trunk is loaded and frozen, pictures are normalised, embeddings are trained: always so
+ALWAYS = {"transfer", "freeze", "norm", "train_emb"}  # the backbone is loaded and frozen, images are normalised, embeddings are trained: always so
 
 ONLY = {  # name: (the values that mean what is done here, why others are refused)
-    "encoder": ({"vit"}, "only ViT trunks have patch tokens"),
+    "encoder": ({"vit"}, "only ViT backbones have patch tokens"),
     "loss": ({"cross_entropy"}, "the objective is cross-entropy minus the weighted diversity of objects"),
     "initialize": ({"xavier"}, "embeddings start Xavier-normal, as they do in the release whatever this flag says"),
     "last_epoch": ({"-1"}, "--resume knows where a run was left"),
     "start_epoch": ({"0"}, "--resume knows where a run was left"),
-    "vit_ft": ({"False"}, "the method's name says how the trunk was trained"),
+    "vit_ft": ({"False"}, "the method's name says how the backbone was trained"),
     "dist_url": ({"env://"}, "torchrun tells each process where the others are"),
 }
 
@@ -34,8 +34,8 @@ REFUSED = {  # name: why, and what to do instead
     "world_size": "torchrun decides how many processes there are; use --nproc_per_node",
     "local_rank": "torchrun tells each process its rank through the environment",
     "sync_bn": "the model has no batch normalisation to synchronise",
-    "rep": "reproduced trunk weights were never published; name your own file with --encoder_weight",
-    "vit_patch": "the patch size belongs to the trunk's weights; choose another --method or --backbone",
+    "rep": "reproduced backbone weights were never published; name your own file with --encoder_weight",
+    "vit_patch": "the patch size belongs to the backbone's weights; choose another --method or --backbone",
 }
 
 CASELESS = {"opt": ("Adam", "AdamW", "SGD"), "lr_scheduler": ("CosineAnnealingLR", "StepLR", "MultiStepLR", "ExponentialLR", "none")}
@@ -66,19 +66,19 @@ def translate(
     argv:list[str] # a command line, of the release or ours
 )->list[str]: # the same in our names
     "Rewrite the release's flags. Raises `InputError` for those that ask for something that cannot be."
-    out, trunk = [], {}
+    out, backbone = [], {}
     for name, values in _groups(argv):
         _check(name, values)
-        if name in ("method", "vit_size"): trunk[name] = " ".join(values)
+        if name in ("method", "vit_size"): backbone[name] = " ".join(values)
         elif name in IMPLIED: out += IMPLIED[name]
         elif name == "resume" and values in (["True"], ["False"]): out += ["--resume"] * (values == ["True"])
         elif name in CASELESS: out += [f"--{name}", *(next((c for c in CASELESS[name] if c.lower() == v.lower()), v) for v in values)]
         elif name not in ALWAYS and name not in ONLY: out += [*([f"--{RENAMED.get(name, name)}"] if name else []), *values]
-    return [*out, *_trunk_flags(**trunk)]
+    return [*out, *_backbone_flags(**backbone)]
 
-def _trunk_flags(method:str|None=None, vit_size:str|None=None)->list[str]:
-    "The release names a trunk by method and size; ours is one name, such as mae_in1k_ft_in1k/Large."
-    if vit_size and not method: raise InputError("--vit_size belongs to a --method; for other trunks --backbone NAME says it all.")
+def _backbone_flags(method:str|None=None, vit_size:str|None=None)->list[str]:
+    "The release names a backbone by method and size; ours is one name, such as mae_in1k_ft_in1k/Large."
+    if vit_size and not method: raise InputError("--vit_size belongs to a --method; for other backbones --backbone NAME says it all.")
     if not method: return []
     known = find_method(f"{method}/{vit_size}" if vit_size else method)
     if vit_size and not known: raise InputError(f"--method {method} is not one of the release's, so --vit_size does not apply; use --backbone {method}.")

@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 from torch.utils.data import DataLoader
 
 from ..core.console import progress
-from ..core.distributed import agreed, gather_objects, Runtime
+from ..core.distributed import raise_everywhere, gather_objects, Runtime
 from ..data.datasets import real_labels
-from ..data.images import Pictures
+from ..data.images import ImageList
 from ..models.llb import LLB
 from ..models.token_cache import in_step
 from .inputs import features_of
@@ -30,13 +30,13 @@ def evaluate(
     runtime:Runtime,
     alphas:tuple[float, ...]=ALPHAS,        # weights of the visual prediction to score
     desc:str="evaluating"                   # for the progress bar
-)->tuple[Scores, dict]: # of all pictures of all processes, and the use of objects (see `Usage`)
-    "Score every picture once."
+)->tuple[Scores, dict]: # of all images of all processes, and the use of objects (see `Usage`)
+    "Score every image once."
     model.eval()
     parts, usage = [], Usage(model.settings["num_objects"])
-    with agreed():
+    with raise_everywhere():
         for batch, own in progress(in_step(loader, model.backbone.sharded), len(loader), desc):
-            with runtime.autocast(): out = model.head(features_of(model, batch, runtime))
+            with runtime.autocast(): out = model.branch(features_of(model, batch, runtime))
             if not own: continue
             parts.append(score_batch(out, batch["index"], batch["label"], alphas))
             usage.add(out.assignments)
@@ -45,42 +45,42 @@ def evaluate(
 # %% ../../nbs/4_training/42_evaluate.ipynb #2fa63481
 def measure_each(
     scores:Scores,           # of the reported split
-    pictures:Pictures,
+    images:ImageList,
     weights:dict[str, float] # the alpha of each prediction to report
 )->dict: # JSON-able
-    "The quality of some predictions, what was seen, and for ImageNet's pictures ReaL accuracy."
+    "The quality of some predictions, what was seen, and for ImageNet's images ReaL accuracy."
     metrics = {**{name: measure(scores, a) for name, a in weights.items()},
-               "seen": {"pictures": len(pictures), "scored": len(scores.index), "unique": len(np.unique(scores.index)),
-                        "fingerprint": pictures.fingerprint()}}
-    accepted = [real[i] for i in scores.index] if (real := real_labels(pictures)) else []
+               "seen": {"images": len(images), "scored": len(scores.index), "unique": len(np.unique(scores.index)),
+                        "fingerprint": images.fingerprint()}}
+    accepted = [real[i] for i in scores.index] if (real := real_labels(images)) else []
     if n := sum(a is not None for a in accepted):
         metrics["imagenet_real"] = {**{name: set_accuracy(scores, accepted, a) for name, a in weights.items()}, "n": n}
     return metrics
 
 def name_classes(
     shares:dict[int, float], # see `class_accuracy`
-    pictures:Pictures
+    images:ImageList
 )->dict[str, float]:
     "Replace class indices by names."
-    return {pictures.classes[c]: v for c, v in shares.items()}
+    return {images.classes[c]: v for c, v in shares.items()}
 
 def report_metrics(
     scores:Scores,    # of the reported split
-    pictures:Pictures,
+    images:ImageList,
     alpha:float,      # the weight used for the fused prediction
     chosen:str        # where alpha comes from, in words
 )->dict: # JSON-able
     "All numbers of `metrics.json`: the three predictions and two fixed alphas (see `measure_each`), alpha, and top-1 per class."
     weights = {"visual": 1, "label": 0, "fused": alpha, "alpha_0.5": .5, "alpha_0.8": .8}
-    return {**measure_each(scores, pictures, weights), "alpha": {"value": alpha, "chosen": chosen},
-            "class_top1": name_classes(class_accuracy(scores, alpha), pictures)}
+    return {**measure_each(scores, images, weights), "alpha": {"value": alpha, "chosen": chosen},
+            "class_top1": name_classes(class_accuracy(scores, alpha), images)}
 
 def save_predictions(
     path:Path,
     scores:Scores,
     alpha:float
 ):
-    "Write index, label, and per prediction (visual, label, fused) the top-1 class and the probability of the label, one row a picture."
+    "Write index, label, and per prediction (visual, label, fused) the top-1 class and the probability of the label, one row an image."
     arrays = {"index": scores.index, "label": scores.label}
     for name, a in dict(visual=1, label=0, fused=alpha).items():
         column = scores.column(a)
@@ -99,6 +99,6 @@ def format_table(
     line = lambda name, m: f"{name:<24}{m['top1']:>8.1%}{m['nll']:>8.3f}{m['brier']:>8.3f}{m['ece']:>8.3f}"
     real = metrics.get("imagenet_real")
     extra = lambda key: f"{real[key]:>8.1%}" if real else ""
-    seen = f"n = {metrics['seen']['scored']} pictures, each seen once; alpha {metrics['alpha']['chosen']}"
-    if real: head, seen = head + f"{'ReaL':>8}", seen + f"; ReaL top-1 over {real['n']} pictures"
+    seen = f"n = {metrics['seen']['scored']} images, each seen once; alpha {metrics['alpha']['chosen']}"
+    if real: head, seen = head + f"{'ReaL':>8}", seen + f"; ReaL top-1 over {real['n']} images"
     return "\n".join([head, *(line(name, metrics[key]) + extra(key) for name, key in rows.items()), seen])

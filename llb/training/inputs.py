@@ -8,24 +8,27 @@ __all__ = ['features_of', 'Loaders']
 # %% ../../nbs/4_training/41_inputs.ipynb #73b5bdf1
 from dataclasses import replace
 
+import torch
+from torch.utils.data import DataLoader
+
 from ..core.distributed import Runtime
 from ..data.augment import RandAugment
 from ..data.batches import EvalBatches, make_loader, TrainBatches
-from ..data.image_cache import all_pictures, build_pixels, PixelDataset, PixelStore
+from ..data.image_cache import all_images, build_images, StoredImages, ImageStore
 from ..data.preprocessing import Geometry, Preprocessing
 from ..data.splits import Data
 from ..models.backbone import BackboneOutput
 from ..models.llb import LLB
-from ..models.token_cache import build_store, FeatureDataset
+from ..models.token_cache import build_tokens, TokenDataset
 from ..runs.config import Config
 
 # %% ../../nbs/4_training/41_inputs.ipynb #de6e5a44
 def features_of(
     model:LLB,
-    batch:dict,       # as loaders of `PictureDataset`, `PixelDataset` or `FeatureDataset` give it
+    batch:dict,       # as loaders of `ImageDataset`, `StoredImages` or `TokenDataset` give it
     runtime:Runtime
 )->BackboneOutput: # on the runtime's device
-    "The frozen half for a batch: computed from pictures, or taken from the cache."
+    "The frozen half for a batch: computed from images, or taken from the cache."
     move = lambda name: batch[name].to(runtime.device, non_blocking=True) if name in batch else None
     if "image" in batch:
         images = move("image")   # as bytes, they are normalised here, on their device
@@ -43,23 +46,23 @@ class Loaders:
         self.source = self.pixels(model.backbone.preprocessing)
         self.datasets = {split: self.dataset(split) for split in ("train", "selection", "val")}
 
-    def pixels(self, preprocessing:Preprocessing)->PixelStore|Geometry:
-        "Where the bytes of pictures come from."
-        if not self.config.cache_pixels: return Geometry(preprocessing)
-        return build_pixels(all_pictures(self.data), preprocessing, self.runtime, workers=self.config.workers)
+    def pixels(self, preprocessing:Preprocessing)->ImageStore|Geometry:
+        "Where the bytes of images come from."
+        if not self.config.cache_images: return Geometry(preprocessing)
+        return build_images(all_images(self.data), preprocessing, self.runtime, workers=self.config.workers)
 
     def dataset(self, split:str):
         random = split == "train" and self.config.augment != "none"
-        dataset = PixelDataset(getattr(self.data, split), self.source, RandAugment() if random else None, self.config.seed)
+        dataset = StoredImages(getattr(self.data, split), self.source, RandAugment() if random else None, self.config.seed)
         views = self.config.cache_views if random else 0
         if not self.config.cache or (random and not views): return dataset
         with torch.no_grad():
-            store = build_store(self.model.backbone, self.model.target_layer, dataset.pictures, self.runtime, workers=self.config.workers,
+            store = build_tokens(self.model.backbone, self.model.target_layer, dataset.images, self.runtime, workers=self.config.workers,
                                 desc=f"{split} features", dataset=dataset, views=views, seed=self.config.seed)
-        return FeatureDataset(store, dataset.pictures)
+        return TokenDataset(store, dataset.images)
 
     def loader(self, split:str, batches:TrainBatches|EvalBatches)->DataLoader:
-        workers = 0 if isinstance(self.datasets[split], FeatureDataset) else self.config.workers
+        workers = 0 if isinstance(self.datasets[split], TokenDataset) else self.config.workers
         return make_loader(self.datasets[split], batches, workers, pin_memory=self.runtime.device.type == "cuda")
 
     def train_batches(self, global_batch:int)->TrainBatches:

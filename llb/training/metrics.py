@@ -23,7 +23,7 @@ ALPHAS = tuple(round(i / 20, 2) for i in range(21))  # 0, 0.05, ..., 1
 
 @dataclass
 class Scores:
-    "What is kept of each evaluated picture; n pictures, A alphas."
+    "What is kept of each evaluated image; n images, A alphas."
     index: np.ndarray              # [n] position in the data set
     label: np.ndarray              # [n] true class
     alphas: np.ndarray             # [A] weights of the visual prediction
@@ -60,10 +60,10 @@ def score_batch(
 def merge_scores(
     parts:list[Scores]  # of batches and processes, in any order
 )->Scores: # sorted by index
-    "Join scores. Raises `InputError` if a picture was seen twice."
+    "Join scores. Raises `InputError` if an image was seen twice."
     joined = {f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Scores) if f.name != "alphas"}
     order = np.argsort(joined["index"], kind="stable")
-    if len(np.unique(joined["index"])) != len(order): raise InputError("A picture was evaluated twice; its prediction would count double.")
+    if len(np.unique(joined["index"])) != len(order): raise InputError("An image was evaluated twice; its prediction would count double.")
     return Scores(alphas=parts[0].alphas, **{k: v[order] for k, v in joined.items()})
 
 # %% ../../nbs/4_training/40_metrics.ipynb #d75c919c
@@ -88,22 +88,22 @@ def measure(
 def class_accuracy(
     scores:Scores,
     alpha:float
-)->dict[int, float]: # class index -> share of its pictures that are right
+)->dict[int, float]: # class index -> share of its images that are right
     "Top-1 accuracy of each class that occurs."
     right = scores.top1[:, scores.column(alpha)] == scores.label
     return {int(c): float(right[scores.label == c].mean()) for c in np.unique(scores.label)}
 
 def set_accuracy(
     scores:Scores,
-    accepted:list[set[int]|None], # per scored picture the classes that are right; None for pictures that do not count
+    accepted:list[set[int]|None], # per scored image the classes that are right; None for images that do not count
     alpha:float
-)->float: # share of the pictures that count
-    "Top-1 accuracy where a picture may have several right classes."
+)->float: # share of the images that count
+    "Top-1 accuracy where an image may have several right classes."
     top1 = scores.top1[:, scores.column(alpha)]
     return float(np.mean([int(guess) in right for guess, right in zip(top1, accepted) if right is not None]))
 
 def choose_alpha(
-    scores:Scores # of pictures that are not reported
+    scores:Scores # of images that are not reported
 )->float:
     "The alpha with the lowest NLL; among equals the one nearest to 0.5."
     nll = [measure(scores, a)["nll"] for a in scores.alphas]

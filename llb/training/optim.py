@@ -14,11 +14,11 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
 from ..runs.config import OptimOptions
-from ..models.llb import LLBHead
+from ..models.llb import LabelBranch
 
 # %% ../../nbs/4_training/43_optim.ipynb #8e7e55f2
 def make_optimizer(
-    head:LLBHead,        # what trains
+    head:LabelBranch,        # what trains
     config:OptimOptions
 )->torch.optim.Optimizer: # fused: one kernel for all tensors, on CPU and CUDA
     "Adam, AdamW or SGD; Adam's decay is coupled to the gradient (L2), AdamW's is not. A visual head has its own learning rate."

@@ -32,9 +32,9 @@ def micro_batches(
     batch:dict[str, Tensor], # of [B,...]
     parts:int
 )->list[dict[str, Tensor]]:
-    "Cut a batch into nearly equal parts, fewer if it has fewer pictures."
-    cut = {k: v.chunk(parts) for k, v in batch.items()}
-    return [dict(zip(cut, values)) for values in zip(*cut.values())]
+    "Cut a batch into nearly equal parts, fewer if it has fewer images."
+    chunks = {k: v.chunk(parts) for k, v in batch.items()}
+    return [dict(zip(chunks, values)) for values in zip(*chunks.values())]
 
 def add_terms(
     parts:list[LossTerms],
@@ -54,15 +54,15 @@ class TrainStep:
     def __init__(self, model:LLB, config:Config, runtime:Runtime):
         self.model, self.config, self.runtime = model, config, runtime
         self.loss = LLBLoss(config.diversity_weight, config.local_diversity)
-        self.optimizer = make_optimizer(model.head, config)
+        self.optimizer = make_optimizer(model.branch, config)
         self.updates = CheckedUpdates(self.optimizer, runtime.device)
-        model.head.compact = config.num_objects >= COMPACT
+        model.branch.compact = config.num_objects >= COMPACT
         if config.compile:
-            trunk = [] if model.backbone.sharded else model.backbone.trunk.blocks
-            compile_blocks([*trunk, model.head.visual_block, *model.head.label_blocks], runtime.device)
-            model.head.last_block = torch.compile(first_token)
+            backbone = [] if model.backbone.sharded else model.backbone.vit.blocks
+            compile_blocks([*backbone, model.branch.visual_block, *model.branch.label_blocks], runtime.device)
+            model.branch.last_block = torch.compile(first_token)
         devices = [runtime.device] if runtime.device.type == "cuda" else None
-        self.head = DistributedDataParallel(model.head, devices) if runtime.world_size > 1 else model.head
+        self.branch = DistributedDataParallel(model.branch, devices) if runtime.world_size > 1 else model.branch
 
     def __call__(self,
         batch:dict,    # this process's share
@@ -79,7 +79,7 @@ class TrainStep:
 
     def update(self, batch:dict, number:int, epoch:float, terms:Tensor)->Tensor: # the terms; zeros where no step was taken
         "Change the parameters by the gradient they have; by none that is not finite."
-        parameters = [p for p in self.model.head.parameters() if p.grad is not None]
+        parameters = [p for p in self.model.branch.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters])
         if self.config.clip_grad: clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
         set_learning_rate(self.optimizer, learning_rate(epoch, self.config))
@@ -90,23 +90,23 @@ class TrainStep:
         "The first step that was not taken since this was last asked. Waits for the device; every process asks."
         if (found := self.updates.first_refused()) is None: return None
         number, index = found
-        pictures = sorted(i for share in gather_objects(index.tolist()) for i in share)
-        return number, f"The gradient of step {number + 1} is not finite; its training pictures are {pictures}."
+        images = sorted(i for share in gather_objects(index.tolist()) for i in share)
+        return number, f"The gradient of step {number + 1} is not finite; its training images are {images}."
 
     @torch.no_grad()
     def totals(self, features:list[BackboneOutput])->BatchTotals:
         "The mean assignment of the whole step, before any gradient."
-        head = self.model.head
+        head = self.model.branch
         means = (lambda x: head.objects.compact(x)[1]) if head.compact else lambda x: head.objects.assignments(x).mean(1)
         with self.runtime.autocast(): return batch_totals([means(head.visual_patches(f)) for f in features])
 
     def exchange(self, last:bool):
         "A context for gradients: processes exchange them in the last one of a step only."
-        return nullcontext() if last or self.head is self.model.head else self.head.no_sync()
+        return nullcontext() if last or self.branch is self.model.branch else self.branch.no_sync()
 
     def backward(self, features:BackboneOutput, label:Tensor, totals:BatchTotals|None, last:bool)->LossTerms:
         "Add one micro-batch's gradients."
         with self.exchange(last):
-            with self.runtime.autocast(): terms = self.loss(self.head(features), label.to(self.runtime.device, non_blocking=True), totals)
+            with self.runtime.autocast(): terms = self.loss(self.branch(features), label.to(self.runtime.device, non_blocking=True), totals)
             terms.loss.backward()
         return terms
