@@ -40,7 +40,6 @@ INPUTS = {   # the variants of the input; each gives [3,224,224]
     "plain": "the release's choice of operations on each image, one after another",
     "oracle": "the plain path of `llb`: the same, with random numbers that depend on nothing but seed, epoch and image",
     "files": "what a run does without a store: the same pixels, augmented as planes of bytes, which the device normalises",
-    "files, draft decoding": "JPEGs decoded at half their size where that is enough: other pixels",
     "store, normalised here": "images from the pixel store, augmented, and made float32 on this core",
     "store": "the same, left as bytes: the device normalises them (what a loader worker does)",
 }
@@ -73,15 +72,15 @@ def make_step(name, device, batch=8, image=224, objects=2048, layers=6, backbone
     torch.manual_seed(0)
     place, variant = pick_device(device), STEPS[name]
     images, labels = torch.randn(batch, 3, image, image, device=place), torch.arange(batch, device=place) % CLASSES
-    config = Config(**{**MODEL, "backbone": backbone, "num_objects": objects, "num_layers": layers, "image_size": image, "batch_size": batch, **variant.get("config", {})})
+    config = Config.of(**{**MODEL, "backbone": backbone, "num_objects": objects, "num_layers": layers, "image_size": image, "batch_size": batch, **variant.get("config", {})})
     gflops = config_cost(config, CLASSES).train
     if "config" not in variant:
         from plain import PlainLLB, plain_step
         model = PlainLLB(image=image, objects=objects, layers=layers).to(place)
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], config.lr, weight_decay=config.weight_decay)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], config.optim.lr, weight_decay=config.optim.weight_decay)
         return lambda: plain_step(model, optimizer, images, labels, amp=place.type == "cuda"), gflops
     model = make_model(config, make_backbone(config, CLASSES), CLASSES).to(place).train()
-    step = TrainStep(model, config, Runtime(place, amp=config.amp))
+    step = TrainStep(model, config, Runtime(place, amp=config.run.amp))
     data = {"image": images, "label": labels, "index": torch.arange(batch)}
     if variant.get("cached"):
         features = model.features(images)
@@ -134,7 +133,6 @@ def plain_transform():
 
 def make_dataset(name, folder):
     "Training images under keys (epoch, index), read the way `name` says."
-    from dataclasses import replace
     from llb.data.augment import RandAugment
     from llb.data.preprocessing import Preprocessing
     from llb.data.batches import ImageDataset; from llb.data.images import scan_folder
@@ -143,7 +141,6 @@ def make_dataset(name, folder):
     images, geometry = scan_folder(folder), Preprocessing((224, 224), (.485, .456, .406), (.229, .224, .225), "bilinear", 224 / 256)
     if name == "plain": return PlainImages(images, plain_transform())
     if name == "oracle": return ImageDataset(images, geometry.transform(train=True))
-    if "draft" in name: images = replace(images, draft=256)
     if not name.startswith("store"): return StoredImages(images, Geometry(geometry), RandAugment())
     store = build_images(images, geometry, Runtime(pick_device("cpu")), Path(folder).parent / "stores" / str(os.getpid()))
     return StoredImages(images, store, RandAugment())
@@ -323,7 +320,7 @@ def ddp_rank(args):
     from llb.training.step import TrainStep
     with start_runtime(args.device) as runtime:
         torch.manual_seed(0)
-        config = Config(**{**MODEL, "batch_size": 4})
+        config = Config.of(**{**MODEL, "batch_size": 4})
         step = TrainStep(make_model(config, make_backbone(config, CLASSES), CLASSES).to(runtime.device).train(), config, runtime)
         batch = {"image": torch.randn(4, 3, 224, 224, device=runtime.device), "label": torch.arange(4, device=runtime.device), "index": torch.arange(4)}
         gradient, exchange = torch.zeros(sum(p.numel() for p in step.model.branch.parameters()), device=runtime.device), step.exchange

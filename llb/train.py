@@ -7,7 +7,6 @@ __all__ = ['train', 'score', 'main']
 
 # %% ../nbs/90_train.ipynb #40348236
 import sys
-from dataclasses import replace
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -31,18 +30,18 @@ def train(
     config:Config
 )->dict: # what metrics.json holds; {} when the run was stopped
     "Run a configuration from images to metrics, in every process `torchrun` started; a run that it restarts is resumed."
-    with start_runtime(config.device, config.amp, config.timeout) as runtime:
-        if restarted() and run_on_main(lambda: any(config.run_folder.glob("*"))): config = replace(config, resume=True, overwrite=False)
+    with start_runtime(config.run.device, config.run.amp, config.run.timeout) as runtime:
+        if restarted() and run_on_main(lambda: any(config.run_folder.glob("*"))): config = config.but(resume=True, overwrite=False)
         data = make_data(config)
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.run.seed)
         backbone = main_first(lambda: make_backbone(config, len(data.classes)))
-        visual = config.objective == "visual"
+        visual = config.visual.objective == "visual"
         model = (make_visual_model if visual else make_model)(config, backbone, len(data.classes))
         print_main(f"{len(data.train)} training, {len(data.selection)} selection and {len(data.val)} validation images of {len(data.classes)} classes; "
             f"{backbone.name} ({backbone.source}); {sum(p.numel() for p in model.branch.parameters()) / 1e6:.1f} M trained parameters; "
             f"{runtime.world_size} process(es) on {runtime.device.type}.")
-        if runtime.is_main and not visual and not config.eval: print_main(preview(config_cost(config, len(data.classes)), config, len(data.train), runtime.world_size))
-        if config.eval: return score(model, data, config, runtime)
+        if runtime.is_main and not visual and not config.run.eval: print_main(preview(config_cost(config, len(data.classes)), config, len(data.train), runtime.world_size))
+        if config.run.eval: return score(model, data, config, runtime)
         metrics = (VisualTrainer if visual else Trainer)(model, data, config, runtime).fit()
         print_main(f"Run folder: {config.run_folder}")
         return metrics
@@ -51,14 +50,14 @@ def train(
 def score(model:LLB, data:Data, config:Config, runtime:Runtime)->dict: # see `report_metrics`
     "Score a trained model on the validation split. Raises `InputError` when there is none."
     trained = config.run_folder / "model"
-    if not config.nv_weights:
+    if not config.model.nv_weights:
         if not trained.is_dir(): raise InputError(f"There is no trained model in {str(trained)!r} to evaluate; name one with --nv_weights.")
         model = LLB.from_pretrained(trained, backbone=model.backbone)
-    alpha = model.alpha if config.alpha is None else config.alpha
+    alpha = model.alpha if config.model.alpha is None else config.model.alpha
     dataset = ImageDataset(data.val, model.backbone.transform())
-    loader = make_loader(dataset, EvalBatches(len(data.val), config.batch_size, runtime.rank, runtime.world_size), config.workers)
+    loader = make_loader(dataset, EvalBatches(len(data.val), config.optim.batch_size, runtime.rank, runtime.world_size), config.data.workers)
     scores, _ = evaluate(model.to(runtime.device), loader, runtime, tuple(sorted({*ALPHAS, alpha})))
-    metrics = report_metrics(scores, data.val, alpha, "is the model's own" if config.alpha is None else "was given")
+    metrics = report_metrics(scores, data.val, alpha, "is the model's own" if config.model.alpha is None else "was given")
     print_main(format_table(metrics))
     return metrics
 

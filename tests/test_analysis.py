@@ -275,7 +275,7 @@ def test_memory_does_not_grow_with_the_data(model, tmp_path):
 
 
 def test_a_run_is_indexed_once_and_again_when_its_model_changes(tmp_path):
-    config = Config(image_size=28, num_objects=5, num_layers=2, workers=0)
+    config = Config.of(image_size=28, num_objects=5, num_layers=2, workers=0)
     model = make_model(config, make_backbone(config, C), C)
     def write():
         model.save_pretrained(tmp_path / "model")

@@ -30,7 +30,7 @@ TINY = """
 from llb.runs.config import Config
 from llb.runs.processes import attach, start
 from llb.apps.monitor import RunMonitor
-config = Config(backbone="test_vit.r160_in1k", random_backbone=True, image_size=64, num_objects=8, num_layers=2, target_layer=2, epochs={epochs}, batch_size=64,
+config = Config.of(backbone="test_vit.r160_in1k", random_backbone=True, image_size=64, num_objects=8, num_layers=2, target_layer=2, epochs={epochs}, batch_size=64,
                 augment="none", cache=True, workers=0, log_every=1, device="cpu", save_dir="runs", name="{name}")
 """
 SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"},   # cells out of sight stay in the page, to be read

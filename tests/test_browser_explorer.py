@@ -28,7 +28,7 @@ def run(tmp_path_factory):
     from llb.analysis.effects import effects_of_run
     from llb.train import train
     folder = tmp_path_factory.mktemp("runs")
-    train(Config(backbone="test_vit.r160_in1k", random_backbone=True, image_size=160, num_objects=24, num_layers=2, target_layer=2, epochs=1, batch_size=64, augment="none",
+    train(Config.of(backbone="test_vit.r160_in1k", random_backbone=True, image_size=160, num_objects=24, num_layers=2, target_layer=2, epochs=1, batch_size=64, augment="none",
                  cache=True, workers=0, device="cpu", save_dir=str(folder), name="tiny"))
     effects_of_run(folder / "tiny", device="cpu")
     return folder / "tiny"

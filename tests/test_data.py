@@ -8,7 +8,6 @@ import shutil
 import sys
 import warnings
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,7 +134,7 @@ def test_empty_folder(tmp_path):
 
 def test_class_count(images):
     check_labels(load_data(images).train, 3)
-    with pytest.raises(InputError, match="has 3 classes, but 4 are expected"): make_data(Config(dataset="ImageFolder", data_dir=str(images), class_num=4))
+    with pytest.raises(InputError, match="has 3 classes, but 4 are expected"): make_data(Config.of(dataset="ImageFolder", data_dir=str(images), class_num=4))
 
 
 @pytest.mark.parametrize("hidden", ["", "circle", "circle/more"])
@@ -179,7 +178,7 @@ def test_corrupt_images_are_found_and_left_out(broken, capsys, cache):
     assert len(reasons) == 3 and all(any(n in r for r in reasons) for n in names)
     assert sum(map(len, (clean.train, clean.selection, clean.val))) == 57
     assert not names & {*clean.train.files, *clean.selection.files, *clean.val.files}
-    make_data(Config(dataset="ImageFolder", data_dir=str(broken), skip_unreadable=True))
+    make_data(Config.of(dataset="ImageFolder", data_dir=str(broken), skip_unreadable=True))
     captured = capsys.readouterr()
     said = captured.out + captured.err
     assert "3 unreadable" in said and all(n in said for n in names)
@@ -188,12 +187,12 @@ def test_corrupt_images_are_found_and_left_out(broken, capsys, cache):
 def test_what_a_check_found_is_remembered(broken, cache, monkeypatch):
     decoded = []
     monkeypatch.setattr("llb.data.unreadable.decode", lambda path: decoded.append(path) or decode(path))
-    config = Config(dataset="ImageFolder", data_dir=str(broken), skip_unreadable=True)
+    config = Config.of(dataset="ImageFolder", data_dir=str(broken), skip_unreadable=True)
     assert sum(map(len, vars(make_data(config)).values())) == 57 and len(decoded) == 60
-    make_data(replace(config, seed=1))   # other splits of the same files
+    make_data(config.but(seed=1))   # other splits of the same files
     assert len(decoded) == 60
     with pytest.raises(InputError, match="3 of these images are known to be unreadable; the first: .*circle/03.png"):
-        make_data(replace(config, skip_unreadable=False))
+        make_data(config.but(skip_unreadable=False))
     shutil.copy(broken / "circle/02.png", broken / "circle/03.png")
     assert sum(map(len, vars(make_data(config)).values())) == 58 and len(decoded) == 120
     for note in (cache / "checked").iterdir(): note.write_text('{"tor')

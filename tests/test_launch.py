@@ -8,7 +8,6 @@ import sys
 import textwrap
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,7 +52,7 @@ def no_process_of(run):
 @pytest.fixture
 def config(tmp_path):
     """A configuration; whatever was started under its save_dir is killed afterwards."""
-    yield Config(**TINY, save_dir=str(tmp_path / "runs"), name="one")
+    yield Config.of(**TINY, save_dir=str(tmp_path / "runs"), name="one")
     for run in runs(tmp_path / "runs"):
         if run.visible and run.record["launcher"] == "torchrun": run.stop(grace=0)
 
@@ -76,7 +75,7 @@ def program(tmp_path):
 
 
 def test_two_runs_at_once_stop_and_resume(config):
-    first, second = start(config, nproc=2), start(replace(config, name="two"), nproc=1)
+    first, second = start(config, nproc=2), start(config.but(name="two"), nproc=1)
     at_work(first), at_work(second)
     assert {p.rank for p in first.processes()} == {None, 0, 1} and {p.rank for p in second.processes()} == {None, 0}
     assert not {p.pid for p in first.processes()} & {p.pid for p in second.processes()}
@@ -86,7 +85,7 @@ def test_two_runs_at_once_stop_and_resume(config):
     assert second.stop().name == "stopped"
     no_process_of(second)
     epochs = int(first.progress().epoch) + 1
-    again = start(replace(config, resume=True, epochs=epochs), nproc=2)
+    again = start(config.but(resume=True, epochs=epochs), nproc=2)
     assert again.launch.name == "002" and again.state.live
     assert again.wait(120).name == "done"
     assert again.metrics()["fused"]["top1"] >= 0 and again.progress().step == again.progress().steps
@@ -114,14 +113,14 @@ def test_attach_after_the_kernel_is_gone(config, program, number):
     found = attach(config.run_folder)
     until(lambda: found.progress().step > step + 2, "training to go on without the kernel")
     assert {p.rank for p in found.processes()} == {None, 0, 1}
-    with pytest.raises(InputError, match="attach"): start(replace(config, overwrite=True))
+    with pytest.raises(InputError, match="attach"): start(config.but(overwrite=True))
     assert found.stop().name == "stopped"
     no_process_of(found)
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_no_worker_outlives_its_agent(config, nproc):
-    run = at_work(start(replace(config, workers=1, cache=False), nproc=nproc))
+    run = at_work(start(config.but(workers=1, cache=False), nproc=nproc))
     pids = [p.pid for p in run.processes()]
     assert len(pids) >= 1 + 2 * nproc, "the agent, the workers, and their loaders"
     os.kill(run.record["agent"]["pid"], signal.SIGKILL)
@@ -154,7 +153,7 @@ def test_stop_before_the_first_step(config):
     run.stop()
     assert run.state.name == "stopped" and run.resumable and "error" not in run.log(), f"{run.state}\n{run.log()}"
     no_process_of(run)
-    again = start(replace(config, resume=True), nproc=1)
+    again = start(config.but(resume=True), nproc=1)
     until(lambda: again.state.name != "starting", "the run to open again")
     assert again.state.name == "running", f"{again.state}\n{again.log()}"
     assert again.stop().name == "stopped"
@@ -176,11 +175,11 @@ def test_killed_worker_fails_the_run_with_the_signal(config):
 
 
 def test_bad_input_and_exceptions_say_why(config, tmp_path, monkeypatch):
-    bad = start(replace(config, name="sentence", dataset="ImageFolder", data_dir=str(tmp_path / "nowhere")), nproc=2)
+    bad = start(config.but(name="sentence", dataset="ImageFolder", data_dir=str(tmp_path / "nowhere")), nproc=2)
     assert bad.wait(60).name == "failed" and "nowhere" in bad.state.reason
     (tmp_path / "sitecustomize.py").write_text("import sys\nif 'llb.train' in sys.orig_argv: import llb.training.trainer; llb.training.trainer.Trainer.train_epoch = lambda self: 1 / 0\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    raised = start(replace(config, name="raised"), nproc=2)
+    raised = start(config.but(name="raised"), nproc=2)
     assert raised.wait(60).name == "failed" and "ZeroDivisionError" in raised.state.reason, raised.log()
     assert raised.error().startswith("Traceback") and "train_epoch" in raised.error()
     no_process_of(raised)
@@ -220,8 +219,8 @@ def test_a_run_of_another_machine_is_read_from_its_folder(config):
 
 
 def test_command_starts_lists_and_stops(config, capsys):
-    flags = [w for k, v in {**TINY, "save_dir": config.save_dir, "name": "one"}.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
-    for words, status, pattern in (["start", "--nproc", "1", "--", *flags], 0, "Started"), (["runs", config.save_dir], 0, "one +(starting|running)"):
+    flags = [w for k, v in {**TINY, "save_dir": config.run.save_dir, "name": "one"}.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+    for words, status, pattern in (["start", "--nproc", "1", "--", *flags], 0, "Started"), (["runs", config.run.save_dir], 0, "one +(starting|running)"):
         with pytest.raises(SystemExit) as left: main(words)
         assert left.value.code == status and re.search(pattern, capsys.readouterr().out)
     run = at_work(attach(config.run_folder))
@@ -259,7 +258,7 @@ def test_slurm_job_saves_before_its_limit_and_asks_for_another_turn(config, clus
     assert (cluster / "asked").read_text() == "requeue 4711\n"
     assert (run.folder / "checkpoints").is_dir()
     (cluster / "asked").unlink()
-    again = start(replace(config, resume=True), launcher=Slurm(gpus=2))
+    again = start(config.but(resume=True), launcher=Slurm(gpus=2))
     at_work(again, run.progress().step + 2)
     assert again.stop().name == "stopped"
     assert not (cluster / "asked").exists(), "what a person stops is not queued again"

@@ -217,9 +217,9 @@ def load_run(
     config, model, runtime = Config.from_file(run / "config.json"), LLB.from_pretrained(run / "model"), Runtime(pick_device(device))
     model.branch.load_state_dict(head)
     model.to(runtime.device)
-    images, workers = _split(config, split), config.workers
+    images, workers = _split(config, split), config.data.workers
     dataset = ImageDataset(images, model.backbone.transform())
-    if config.cache:
+    if config.data.cache:
         store = build_tokens(model.backbone, model.target_layer, images, runtime, workers=workers, desc=f"{split} features")
         dataset, workers = TokenDataset(store, images), 0
     return model, make_loader(dataset, EvalBatches(len(images), batch_size), workers), runtime

@@ -28,6 +28,7 @@ from ..plots.style import INK, plain_text, SMALL
 from ..runs.config import Config, recipe_file, RECIPES
 from ..runs.processes import attach, Run, RunFolder, start, State
 from ..training.evaluate import format_table
+from ..runs.config import PARTS
 
 # %% ../../nbs/8_apps/84_monitor.ipynb #a08fa4bf
 def draw_curves(run:RunFolder)->Figure:
@@ -148,7 +149,7 @@ class Form:
 
     def config(self)->Config:
         "The configuration as it stands. Raises `InputError` for what cannot be one."
-        values, kinds = self.base.to_dict(), {f.name: f.type for f in fields(Config)}
+        values, kinds = self.base.to_dict(), {f.name: f.type for part in PARTS.values() for f in fields(part)}
         for name, box in self.values.items():
             kind, text = kinds[name], box.value.strip()
             values[name] = _number(FIELDS[name], text, kind) if text and kind in (int, float) else text or None
@@ -156,7 +157,7 @@ class Form:
         folder, bundled = values["data_dir"], dataset_name(values["dataset"]) == "openclipart"
         if not (bundled if folder is None else Path(folder).is_dir()):
             raise InputError(f"data folder is {folder or ''!r}, but for {values['dataset']} it must be a folder that is there.")
-        try: return Config.from_dict(values)
+        try: return Config.of(**values)
         except InputError as e: raise InputError(with_form_labels(str(e))) from e
 
     def processes(self)->int:
@@ -219,7 +220,7 @@ class RunMonitor:
         self.every_s, self._lock, self._over, self._thread = every_s, threading.RLock(), threading.Event(), None
         self._pages, self._drawn, self._wanted = [], None, False
         if config is None and self.run is not None and self.run.record: config = Config.from_file(self.run.launch / "config.json")
-        self.form, self.logs = Form(config, config.save_dir if config else save_dir, nproc), Logs()
+        self.form, self.logs = Form(config, config.run.save_dir if config else save_dir, nproc), Logs()
         self.buttons = {name: widgets.Button(description=name, tooltip=text) for name, text in dict(
             Start="Start a run with these values", Stop="Let the run finish its step, save and leave", Resume="Go on with the stopped run, with its own values").items()}
         for name, button in self.buttons.items(): button.on_click(lambda _, name=name: self._try(getattr(self, name.lower())))
@@ -231,8 +232,8 @@ class RunMonitor:
     def start(self):
         "Start what the form says."
         config, nproc = self.form.config(), self.form.processes()
-        if not config.overwrite and Run(config.run_folder).resumable:
-            raise InputError(f"There is a run named {config.name!r} in {config.save_dir!r} already; choose another run name.")
+        if not config.run.overwrite and Run(config.run_folder).resumable:
+            raise InputError(f"There is a run named {config.run.name!r} in {config.run.save_dir!r} already; choose another run name.")
         with self._lock: self.run = start(config, nproc)
         self.watch()
 
@@ -240,7 +241,7 @@ class RunMonitor:
         "Go on with the stopped run, with its own configuration."
         with self._lock:
             config = Config.from_file(self.run.launch / "config.json")
-            self.run = start(replace(config, resume=True), self.run.record["nproc"])
+            self.run = start(config.but(resume=True), self.run.record["nproc"])
         self.watch()
 
     def stop(self):

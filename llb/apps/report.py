@@ -58,7 +58,7 @@ def read_run(
         raise InputError(f"{str(folder)!r} holds no finished run (there is no metrics.json); finish it with `llb train --resume`.")
     config = Config.from_file(folder / "config.json")
     if not (folder / "model").is_dir():
-        raise InputError(f"{str(folder)!r} holds no LLB: it was a run of --objective {config.objective}, whose backbone has no latent objects to draw.")
+        raise InputError(f"{str(folder)!r} holds no LLB: it was a run of --objective {config.visual.objective}, whose backbone has no latent objects to draw.")
     return FinishedRun(folder, config, json.loads((folder / "metrics.json").read_text()), LLB.from_pretrained(folder / "model"), make_data(config))
 
 # %% ../../nbs/8_apps/86_report.ipynb #9258ae30
@@ -98,7 +98,7 @@ def assignment_sheet(run:FinishedRun, count:int=12)->Figure:
 
 def training_curves(run:FinishedRun)->Figure:
     "Loss, entropies, accuracy on the selection split, learning rate."
-    axes = plot_training_curves(read_events(run.folder, "epoch"), num_objects=run.config.num_objects, n=len(run.data.selection))
+    axes = plot_training_curves(read_events(run.folder, "epoch"), num_objects=run.config.model.num_objects, n=len(run.data.selection))
     return axes.flat[0].figure
 
 def write_images(run:FinishedRun)->list[Path]: # the PNG files
@@ -193,9 +193,9 @@ def write_report(run:FinishedRun)->Path: # report.html in the run folder
     "Build the index where it is missing, and write the page."
     index, effects = effects_of_run(run.folder)
     config, catalog = run.config, Catalog(index, effects, name=run.folder.name)
-    made = (f"{index.info['backbone']}, {config.image_size} pixels, K = {config.num_objects}, {config.num_layers} layers, target layer {config.target_layer}; "
-            f"{config.dataset}, {len(run.data.train)} training, {len(run.data.selection)} selection and {len(run.data.val)} validation images of {len(index.classes)} classes; "
-            f"seed {config.seed}; model {index.info['model']}; commit {index.info['environment'].get('commit')}")
+    made = (f"{index.info['backbone']}, {config.model.image_size} pixels, K = {config.model.num_objects}, {config.model.num_layers} layers, target layer {config.model.target_layer}; "
+            f"{config.data.dataset}, {len(run.data.train)} training, {len(run.data.selection)} selection and {len(run.data.val)} validation images of {len(index.classes)} classes; "
+            f"seed {config.run.seed}; model {index.info['model']}; commit {index.info['environment'].get('commit')}")
     sheet = figure_html(assignment_sheet(run), "Validation images, drawn at random, beside the map of their latent objects", dpi=80)
     sections = {"Results": results_html(run), "Training": f'<div class="wide">{figure_html(training_curves(run), "Loss, entropies, accuracy and learning rate by epoch")}</div>',
                 "Both branches": branches_html(run, catalog), "Images and their objects": f'<div class="wide">{sheet}</div>', "The dictionary": usage_html(catalog),

@@ -37,7 +37,7 @@ def image_layout(images:ImageList, preprocessing:Preprocessing)->dict: # JSON-ab
     "Everything the stored bytes depend on, and their shape."
     p = preprocessing
     return {"fingerprint": images.fingerprint(), "images": len(images), "size": list(p.image_size), "interpolation": p.interpolation,
-            "crop_pct": p.crop_pct, "draft": images.draft}
+            "crop_pct": p.crop_pct}
 
 # %% ../../nbs/1_data/16_image_cache.ipynb #5689c2e9
 PAGE = 4096

@@ -21,16 +21,12 @@ class UnreadableImage(InputError):
     def __init__(self, message:str): # a loader worker hands on its whole traceback, of which the last line is the sentence
         super().__init__(message.strip().splitlines()[-1].split("UnreadableImage: ")[-1])
 
-def decode(
-    path:Path,
-    draft:int=0 # the side that must be left when a JPEG is decoded at 1/2, 1/4 or 1/8 of its size; 0 for all its pixels
-)->Image.Image: # RGB
+def decode(path:Path)->Image.Image: # RGB
     "Read an image file. Raises `UnreadableImage` when that is impossible or it is larger than Pillow's limit."
     try:
         with Image.open(path) as image:
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
                 raise UnreadableImage(f"{path} has {image.width} x {image.height} pixels, more than Pillow's safety limit.")
-            if draft: image.draft("RGB", (draft, draft))   # does nothing to other formats
             return image.convert("RGB")
     except UnreadableImage: raise
     except Exception as e:
@@ -45,7 +41,6 @@ class ImageList:
     labels: tuple[int, ...]  # class index of each file
     classes: tuple[str, ...] # class names by index
     groups: tuple[str, ...]  # files of one group (near duplicates) stay in one split; by default each is its own
-    draft: int = 0           # see `decode`
 
     def __len__(self): return len(self.files)
 
@@ -54,7 +49,7 @@ class ImageList:
 
     def open(self, index:int)->Image.Image: # RGB
         "Decode one image; see `decode`."
-        return decode(self.root / self.files[index], self.draft)
+        return decode(self.root / self.files[index])
 
     def take(self, indices)->"ImageList": # the chosen files, in the given order
         pick = lambda values: tuple(values[i] for i in indices)

@@ -50,7 +50,7 @@ class Backbone(nn.Module):
         preprocessing:Preprocessing
     ):
         super().__init__()
-        self.vit, self._hash, self.sharded = vit.eval().requires_grad_(False), None, False   # `sharded`: see `llb.training.parallel.shard_backbone`
+        self.vit, self._hash = vit.eval().requires_grad_(False), None
         self.spec, self.name, self.source, self.preprocessing = spec, spec["name"], source, preprocessing
         self.image_size, self.patch_size = preprocessing.image_size, int(vit.feature_info[-1]["reduction"])
         self.grid = tuple(side // self.patch_size for side in self.image_size)
@@ -100,13 +100,9 @@ class Backbone(nn.Module):
     def to_bfloat16(self)->"Backbone":
         "Hold the weights in bf16: half the memory, and nothing left to cast under autocast. Weights that no file has are rounded for good."
         if not self.reloadable: self.vit.load_state_dict({k: v.bfloat16() for k, v in self.vit.state_dict().items()})
-        self.keep_hash()
+        self._hash = self.content_hash()   # of the weights as they were loaded
         self.vit.bfloat16()
         return self
-
-    def keep_hash(self):
-        "Remember the name of the weights while they are all here as they were loaded."
-        self._hash = self.content_hash()
 
     @property
     def dtype(self)->torch.dtype: # of the weights

@@ -16,39 +16,37 @@ from ..data.unreadable import refuse_unreadable, without_unreadable
 from ..models.backbone import Backbone, load_backbone
 from ..models.llb import LLB
 from ..models.release import load_reference_checkpoint
-from .config import DataOptions, ModelOptions
-
-
+from .config import Config
 
 # %% ../../nbs/3_runs/32_build.ipynb #29461f24
 def list_data(
-    config:DataOptions
+    config:Config
 )->Data:
     "The three splits a configuration names, readable or not. Raises `InputError` for missing or unsuitable folders."
-    return load_dataset(config.dataset, config.data_dir, config.class_num, config.selection_fraction, config.seed)
+    return load_dataset(config.data.dataset, config.data.data_dir, config.data.class_num, config.data.selection_fraction, config.run.seed)
 
 def make_data(
-    config:DataOptions
+    config:Config
 )->Data:
     "The same, without images known to be unreadable: they are refused with `InputError`, or left out where that was asked for."
     data = list_data(config)
-    if config.skip_unreadable:
+    if config.data.skip_unreadable:
         data, reasons = without_unreadable(data)
         print_main("\n".join([f"Left out {len(reasons)} unreadable images:", *reasons]) if reasons else "All images can be read.")
     else: refuse_unreadable(data)
     return data
 
-def make_backbone(config:ModelOptions, num_classes:int)->Backbone:
+def make_backbone(config:Config, num_classes:int)->Backbone:
     "The frozen backbone a configuration names; a random one is announced."
-    if config.random_backbone: print_main("WARNING: --random_backbone: the backbone is randomly initialised and knows nothing; its numbers mean nothing.")
-    backbone = load_backbone(config.backbone, config.checkpoint, num_classes, config.image_size, pretrained=not config.random_backbone)
-    return backbone.to_bfloat16() if config.backbone_dtype == "bfloat16" else backbone
+    if config.model.random_backbone: print_main("WARNING: --random_backbone: the backbone is randomly initialised and knows nothing; its numbers mean nothing.")
+    backbone = load_backbone(config.model.backbone, config.model.checkpoint, num_classes, config.model.image_size, pretrained=not config.model.random_backbone)
+    return backbone.to_bfloat16() if config.model.backbone_dtype == "bfloat16" else backbone
 
-def make_model(config:ModelOptions, backbone:Backbone, num_classes:int)->LLB:
+def make_model(config:Config, backbone:Backbone, num_classes:int)->LLB:
     "The model a configuration describes, freshly initialised from torch's global seed."
-    model = LLB(backbone, config.num_objects, config.num_layers, config.target_layer, 0.5 if config.alpha is None else config.alpha,
-                config.temperature, num_classes, config.drop_path)
-    if config.nv_weights: load_trained(model, config.nv_weights)
+    model = LLB(backbone, config.model.num_objects, config.model.num_layers, config.model.target_layer, 0.5 if config.model.alpha is None else config.model.alpha,
+                config.model.temperature, num_classes, config.model.drop_path)
+    if config.model.nv_weights: load_trained(model, config.model.nv_weights)
     return model
 
 def load_trained(

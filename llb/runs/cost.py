@@ -67,11 +67,11 @@ def config_cost(
     num_classes:int
 )->Cost:
     "What the model of a configuration takes, without its weights."
-    head = num_classes if config.random_backbone or _published_classes(config.backbone) == num_classes else 0
+    head = num_classes if config.model.random_backbone or _published_classes(config.model.backbone) == num_classes else 0
     with torch.device("meta"):
-        backbone = load_backbone(config.backbone, num_classes=head, image_size=config.image_size, pretrained=False)
-        model = LLB(backbone, config.num_objects, config.num_layers, config.target_layer, num_classes=num_classes)
-        model.branch.compact = config.num_objects >= COMPACT
+        backbone = load_backbone(config.model.backbone, num_classes=head, image_size=config.model.image_size, pretrained=False)
+        model = LLB(backbone, config.model.num_objects, config.model.num_layers, config.model.target_layer, num_classes=num_classes)
+        model.branch.compact = config.model.num_objects >= COMPACT
         return model_cost(model)
 
 # %% ../../nbs/3_runs/33_cost.ipynb #0b330b48
@@ -82,15 +82,15 @@ def preview(
     processes:int=1
 )->str:
     "What a run will take, in words."
-    parts, batch = -(-config.batch_size // config.micro_batches), min(config.batch_size * processes, num_images)
-    backbone = cost.frozen * (2 if config.backbone_dtype == "bfloat16" else 4) / (processes if config.shard_backbone else 1)
-    state = backbone + 4 * cost.trained * (2 if config.opt == "SGD" else 4)   # weights, gradients, moments
+    parts, batch = -(-config.optim.batch_size // config.optim.micro_batches), min(config.optim.batch_size * processes, num_images)
+    backbone = cost.frozen * (2 if config.model.backbone_dtype == "bfloat16" else 4)
+    state = backbone + 4 * cost.trained * (2 if config.optim.opt == "SGD" else 4)   # weights, gradients, moments
     lines = [f"{cost.trained / 1e6:.1f} M trained and {cost.frozen / 1e6:.1f} M frozen parameters; {cost.predict:.1f} GFLOPs to predict and "
              f"{cost.train:.1f} to train on one {cost.image_size}-pixel image.",
              f"About {(state + parts * cost.activations) / 1e9:.1f} GB per process for weights, optimizer and {parts} images at a time, in float32, besides PyTorch itself.",
-             f"{config.epochs} epochs of {num_images // batch} steps, {batch} images each."]
-    views = f", {config.cache_views} views each" if config.cache_views else ""
-    if config.cache: lines.append(f"Feature cache of the training images{views}: {num_images * max(1, config.cache_views) * cost.tokens / 1e6:.0f} MB on disk.")
+             f"{config.optim.epochs} epochs of {num_images // batch} steps, {batch} images each."]
+    views = f", {config.data.cache_views} views each" if config.data.cache_views else ""
+    if config.data.cache: lines.append(f"Feature cache of the training images{views}: {num_images * max(1, config.data.cache_views) * cost.tokens / 1e6:.0f} MB on disk.")
     return "\n".join(lines)
 
 # %% ../../nbs/3_runs/33_cost.ipynb #caecbeaf
@@ -101,7 +101,7 @@ def recipe_table()->str:
     rows = [f"{'recipe':<16}{'data set':<13}{'pixels':>7}{'trained':>10}{'frozen':>10}{'GFLOPs: predict':>17}{'train':>8}   backbone"]
     for path in sorted(RECIPES.glob("*.toml")):
         config = Config.from_file(path)
-        c = config_cost(config, _CLASSES[config.dataset.lower()])
-        rows.append(f"{path.stem:<16}{config.dataset:<13}{c.image_size:>7}{c.trained / 1e6:>8.1f} M{c.frozen / 1e6:>8.1f} M"
-                    f"{c.predict:>17.1f}{c.train:>8.1f}   {config.backbone}")
+        c = config_cost(config, _CLASSES[config.data.dataset.lower()])
+        rows.append(f"{path.stem:<16}{config.data.dataset:<13}{c.image_size:>7}{c.trained / 1e6:>8.1f} M{c.frozen / 1e6:>8.1f} M"
+                    f"{c.predict:>17.1f}{c.train:>8.1f}   {config.model.backbone}")
     return "\n".join(rows)

@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'State', 'Progress', 'tail_text', 'RunFolder', 'Run', 'star
 # %% ../../nbs/3_runs/38_processes.ipynb #9c4251ba
 import argparse, fcntl, re, socket, sys, threading, time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import InputError
@@ -218,15 +218,15 @@ def start(
     launcher, folder = launcher or Torchrun(nproc), config.run_folder.resolve()
     run = Run(folder)
     if run.record and run.alive: raise InputError(f"{str(folder)!r} is being trained ({run.state}); attach to it, stop it, or choose another name.")
-    check_folder(folder, config.resume, config.overwrite)
+    check_folder(folder, config.run.resume, config.run.overwrite)
     try: (folder / LAUNCH).mkdir(parents=True, exist_ok=True)
     except OSError as e: raise InputError(f"The run folder {str(folder)!r} cannot be written ({e.strerror}); choose another save_dir.") from e
     with _locked(folder / LAUNCH):
         if run.record and run.alive: raise InputError(f"{str(folder)!r} was started by another program just now; attach to it.")
-        open_run(folder, config.resume, config.overwrite)
+        open_run(folder, config.run.resume, config.run.overwrite)
         launch = folder / LAUNCH / f"{1 + len(list((folder / LAUNCH).glob('[0-9]*'))):03}"
         launch.mkdir()
-        write_json(launch / "config.json", {"config": replace(config, overwrite=False).to_dict()})
+        write_json(launch / "config.json", {"config": config.but(overwrite=False).to_dict()})
         began = time.time()
         write_json(launch / "proc.json", {**launcher.start(folder, launch), "host": socket.gethostname(), "began": began})
     return run

@@ -18,7 +18,6 @@ from ..core.distributed import raise_everywhere, gather_objects, Runtime
 from ..data.datasets import real_labels
 from ..data.images import ImageList
 from ..models.llb import LLB
-from ..models.token_cache import in_step
 from .inputs import features_of
 from .metrics import ALPHAS, class_accuracy, measure, merge_scores, score_batch, Scores, set_accuracy, Usage
 
@@ -35,9 +34,8 @@ def evaluate(
     model.eval()
     parts, usage = [], Usage(model.settings["num_objects"])
     with raise_everywhere():
-        for batch, own in progress(in_step(loader, model.backbone.sharded), len(loader), desc):
+        for batch in progress(loader, desc=desc):
             with runtime.autocast(): out = model.branch(features_of(model, batch, runtime))
-            if not own: continue
             parts.append(score_batch(out, batch["index"], batch["label"], alphas))
             usage.add(out.assignments)
     return merge_scores([part for theirs in gather_objects(parts) for part in theirs]), usage.summary()

@@ -30,7 +30,7 @@ from ..data.batches import ImageDataset
 from ..data.preprocessing import Preprocessing
 from ..models.backbone import Backbone
 from ..models.llb import LLBOutput
-from ..runs.config import Config, VisualOptions
+from ..runs.config import Config, VisualConfig
 from .evaluate import measure_each, name_classes
 from .inputs import Loaders
 from .metrics import class_accuracy, measure, merge_scores, score_batch, Scores
@@ -70,7 +70,7 @@ def _keep_a_bit(level_fn:Callable, level:float, hparams:dict)->tuple[int]: retur
 
 def visual_transform(
     preprocessing:Preprocessing,
-    config:VisualOptions
+    config:VisualConfig
 )->Callable: # PIL image -> [3,H,W]
     "Random crop, flip, augmentation and erasing. Raises `InputError` when timm does not know the augmentation."
     p = preprocessing
@@ -86,7 +86,7 @@ class VisualLoaders(Loaders):
     "Batches of images; those for training are augmented as a backbone needs it."
     def dataset(self, split:str):
         random, backbone = split == "train" and self.config.augment != "none", self.model.backbone
-        return ImageDataset(getattr(self.data, split), visual_transform(backbone.preprocessing, self.config) if random else backbone.transform(),
+        return ImageDataset(getattr(self.data, split), visual_transform(backbone.preprocessing, self.config.visual) if random else backbone.transform(),
                               self.config.seed)
 
 # %% ../../nbs/4_training/47_finetune.ipynb #b6ea6a52
@@ -95,26 +95,26 @@ class VisualStep(TrainStep):
     names = ("loss",)
     def __init__(self, model:VisualModel, config:Config, runtime:Runtime):
         self.model, self.config, self.runtime, cuda = model, config, runtime, runtime.device.type == "cuda"
-        self.optimizer = create_optimizer_v2(model.branch, config.opt.lower(), config.lr, config.weight_decay, config.momentum,
-            filter_bias_and_bn=not config.decay_all, layer_decay=config.layer_decay, fused=True)
+        self.optimizer = create_optimizer_v2(model.branch, config.optim.opt.lower(), config.optim.lr, config.optim.weight_decay, config.optim.momentum,
+            filter_bias_and_bn=not config.optim.decay_all, layer_decay=config.visual.layer_decay, fused=True)
         self.updates = CheckedUpdates(self.optimizer, runtime.device)
-        if config.compile: compile_blocks(model.branch.blocks, runtime.device)
+        if config.run.compile: compile_blocks(model.branch.blocks, runtime.device)
         self.branch = DistributedDataParallel(model.branch, [runtime.device] if cuda else None) if runtime.world_size > 1 else model.branch
         self.loss = SoftTargetCrossEntropy()
-        self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=model.branch.num_classes)
+        self.mixup = Mixup(config.visual.mixup, config.visual.cutmix, label_smoothing=config.visual.smoothing, num_classes=model.branch.num_classes)
 
     def mixed(self, batch:dict, place:tuple)->tuple[Tensor, Tensor]: # images [B,3,H,W], target probabilities [B,C]
         "Images and labels, blended with each other; how depends on `place`."
         images, labels = (batch[k].to(self.runtime.device, non_blocking=True) for k in ("image", "label"))
-        if not (self.config.mixup or self.config.cutmix) or len(images) % 2:
-            return images, mixup_target(labels, self.mixup.num_classes, smoothing=self.config.smoothing)
+        if not (self.config.visual.mixup or self.config.visual.cutmix) or len(images) % 2:
+            return images, mixup_target(labels, self.mixup.num_classes, smoothing=self.config.visual.smoothing)
         with seeded(*place, "mixup"): return self.mixup(images, labels)
 
     def __call__(self, batch:dict, number:int, epoch:float)->Tensor: # [1]; see `TrainStep`
-        place = (self.config.seed, "step", number, self.runtime.rank)
+        place = (self.config.run.seed, "step", number, self.runtime.rank)
         images, targets = self.mixed(batch, place)
         torch.manual_seed(seed_from(*place))
-        parts = list(zip(images.chunk(self.config.micro_batches), targets.chunk(self.config.micro_batches)))
+        parts = list(zip(images.chunk(self.config.optim.micro_batches), targets.chunk(self.config.optim.micro_batches)))
         losses = [self.backward(x, y, len(x) / len(images), last=i == len(parts) - 1) for i, (x, y) in enumerate(parts)]
         return self.update(batch, number, epoch, torch.stack(losses).sum(0, keepdim=True))
 
@@ -151,7 +151,7 @@ class VisualTrainer(Trainer):
     "Fine-tunes a backbone as a configuration says, and writes it where `checkpoint` can name it."
     step_type, loaders_type = VisualStep, VisualLoaders
 
-    def forward_with_tokens(self)->dict:
+    def validate(self)->dict:
         scores = evaluate_backbone(self.model.branch, self.loaders.evaluation("selection"), self.runtime, "selection")
         return {"alpha": 1.0, "selection": {"visual": measure(scores, 1)}}
 
@@ -165,14 +165,14 @@ class VisualTrainer(Trainer):
         backbone = {k: v.cpu().contiguous() for k, v in self.model.branch.state_dict().items()}
         self.record.finish(metrics, lambda folder: save_file(backbone, folder / BACKBONE, metadata={"format": "pt"}))
         print_main(f"Validation top-1 {metrics['visual']['top1']:.1%}, NLL {metrics['visual']['nll']:.3f}, n = {metrics['seen']['scored']} images, "
-            f"each seen once. Train LLB on this backbone: --backbone {self.config.backbone} --checkpoint {self.record.folder / BACKBONE}")
+            f"each seen once. Train LLB on this backbone: --backbone {self.config.model.backbone} --checkpoint {self.record.folder / BACKBONE}")
         return metrics
 
 # %% ../../nbs/4_training/47_finetune.ipynb #ea37aa4b
 def make_visual_model(config:Config, backbone:Backbone, num_classes:int)->VisualModel:
     "The backbone to fine-tune. Raises `InputError` for settings that need a frozen one."
-    for name, why in dict(cache="tokens of a backbone that trains change with every step", shard_backbone="that shares out a frozen backbone",
+    for name, why in dict(cache="tokens of a backbone that trains change with every step",
                           cache_images="its training images are cropped at random", eval="a backbone by itself is scored when it is trained",
                           nv_weights="label-focused layers are trained afterwards").items():
-        if getattr(config, name): raise InputError(f"--{name} does not go with --objective visual: {why}.")
-    return VisualModel(backbone, num_classes, config.backbone_drop_path)
+        if config.to_dict()[name]: raise InputError(f"--{name} does not go with --objective visual: {why}.")
+    return VisualModel(backbone, num_classes, config.visual.backbone_drop_path)

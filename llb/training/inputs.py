@@ -6,8 +6,6 @@
 __all__ = ['features_of', 'Loaders']
 
 # %% ../../nbs/4_training/41_inputs.ipynb #73b5bdf1
-from dataclasses import replace
-
 import torch
 from torch.utils.data import DataLoader
 
@@ -39,35 +37,32 @@ def features_of(
 class Loaders:
     "Batches of each split for one process: of frozen features where nothing random changes them, of stored pixels or of files, as the options say."
     def __init__(self, model:LLB, data:Data, config:Config, runtime:Runtime):
-        if config.decode == "draft":
-            side = min(model.backbone.preprocessing.resized)
-            data = Data(**{name: replace(part, draft=side) for name, part in vars(data).items()})
         self.model, self.data, self.config, self.runtime = model, data, config, runtime
         self.source = self.pixels(model.backbone.preprocessing)
         self.datasets = {split: self.dataset(split) for split in ("train", "selection", "val")}
 
     def pixels(self, preprocessing:Preprocessing)->ImageStore|Geometry:
         "Where the bytes of images come from."
-        if not self.config.cache_images: return Geometry(preprocessing)
-        return build_images(all_images(self.data), preprocessing, self.runtime, workers=self.config.workers)
+        if not self.config.data.cache_images: return Geometry(preprocessing)
+        return build_images(all_images(self.data), preprocessing, self.runtime, workers=self.config.data.workers)
 
     def dataset(self, split:str):
-        random = split == "train" and self.config.augment != "none"
-        dataset = StoredImages(getattr(self.data, split), self.source, RandAugment() if random else None, self.config.seed)
-        views = self.config.cache_views if random else 0
-        if not self.config.cache or (random and not views): return dataset
+        random = split == "train" and self.config.data.augment != "none"
+        dataset = StoredImages(getattr(self.data, split), self.source, RandAugment() if random else None, self.config.run.seed)
+        views = self.config.data.cache_views if random else 0
+        if not self.config.data.cache or (random and not views): return dataset
         with torch.no_grad():
-            store = build_tokens(self.model.backbone, self.model.target_layer, dataset.images, self.runtime, workers=self.config.workers,
-                                desc=f"{split} features", dataset=dataset, views=views, seed=self.config.seed)
+            store = build_tokens(self.model.backbone, self.model.target_layer, dataset.images, self.runtime, workers=self.config.data.workers,
+                                desc=f"{split} features", dataset=dataset, views=views, seed=self.config.run.seed)
         return TokenDataset(store, dataset.images)
 
     def loader(self, split:str, batches:TrainBatches|EvalBatches)->DataLoader:
-        workers = 0 if isinstance(self.datasets[split], TokenDataset) else self.config.workers
+        workers = 0 if isinstance(self.datasets[split], TokenDataset) else self.config.data.workers
         return make_loader(self.datasets[split], batches, workers, pin_memory=self.runtime.device.type == "cuda")
 
     def train_batches(self, global_batch:int)->TrainBatches:
-        return TrainBatches(len(self.data.train), global_batch, self.config.seed, self.runtime.rank, self.runtime.world_size)
+        return TrainBatches(len(self.data.train), global_batch, self.config.run.seed, self.runtime.rank, self.runtime.world_size)
 
     def evaluation(self, split:str)->DataLoader:
-        size = max(1, self.config.batch_size // self.config.micro_batches)
+        size = max(1, self.config.optim.batch_size // self.config.optim.micro_batches)
         return self.loader(split, EvalBatches(len(self.datasets[split]), size, self.runtime.rank, self.runtime.world_size))

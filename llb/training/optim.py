@@ -13,13 +13,13 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
-from ..runs.config import OptimOptions
+from ..runs.config import OptimConfig
 from ..models.llb import LabelBranch
 
 # %% ../../nbs/4_training/43_optim.ipynb #8e7e55f2
 def make_optimizer(
     head:LabelBranch,        # what trains
-    config:OptimOptions
+    config:OptimConfig
 )->torch.optim.Optimizer: # fused: one kernel for all tensors, on CPU and CUDA
     "Adam, AdamW or SGD; Adam's decay is coupled to the gradient (L2), AdamW's is not. A visual head has its own learning rate."
     visual = set(() if head.visual_head is None else head.visual_head.parameters())
@@ -62,7 +62,7 @@ class CheckedUpdates:
 # %% ../../nbs/4_training/43_optim.ipynb #616ccaad
 def learning_rate(
     epoch:float,          # epochs done, with fractions
-    config:OptimOptions
+    config:OptimConfig
 )->float:
     "The learning rate at a point of the run."
     if epoch < config.warmup_epochs: return config.lr * (epoch + 1e-3) / (config.warmup_epochs + 1e-3)

@@ -53,13 +53,12 @@ class TrainStep:
     names = TERMS   # of what a call returns
     def __init__(self, model:LLB, config:Config, runtime:Runtime):
         self.model, self.config, self.runtime = model, config, runtime
-        self.loss = LLBLoss(config.diversity_weight, config.local_diversity)
-        self.optimizer = make_optimizer(model.branch, config)
+        self.loss = LLBLoss(config.optim.diversity_weight, config.optim.local_diversity)
+        self.optimizer = make_optimizer(model.branch, config.optim)
         self.updates = CheckedUpdates(self.optimizer, runtime.device)
-        model.branch.compact = config.num_objects >= COMPACT
-        if config.compile:
-            backbone = [] if model.backbone.sharded else model.backbone.vit.blocks
-            compile_blocks([*backbone, model.branch.visual_block, *model.branch.label_blocks], runtime.device)
+        model.branch.compact = config.model.num_objects >= COMPACT
+        if config.run.compile:
+            compile_blocks([*model.backbone.vit.blocks, model.branch.visual_block, *model.branch.label_blocks], runtime.device)
             model.branch.last_block = torch.compile(first_token)
         devices = [runtime.device] if runtime.device.type == "cuda" else None
         self.branch = DistributedDataParallel(model.branch, devices) if runtime.world_size > 1 else model.branch
@@ -70,19 +69,19 @@ class TrainStep:
         epoch:float    # epochs done
     )->Tensor: # [5] see `add_terms`
         "Train on one batch, without waiting for the device. From a gradient that is not finite on, nothing changes; see `refused`."
-        torch.manual_seed(seed_from(self.config.seed, "step", number, self.runtime.rank))
-        parts = micro_batches(batch, self.config.micro_batches)
+        torch.manual_seed(seed_from(self.config.run.seed, "step", number, self.runtime.rank))
+        parts = micro_batches(batch, self.config.optim.micro_batches)
         with self.runtime.autocast(): features = [features_of(self.model, part, self.runtime) for part in parts]
         totals = self.totals(features) if len(parts) > 1 else None
         terms = [self.backward(f, part["label"], totals, last=f is features[-1]) for f, part in zip(features, parts)]
-        return self.update(batch, number, epoch, add_terms(terms, self.config.diversity_weight))
+        return self.update(batch, number, epoch, add_terms(terms, self.config.optim.diversity_weight))
 
     def update(self, batch:dict, number:int, epoch:float, terms:Tensor)->Tensor: # the terms; zeros where no step was taken
         "Change the parameters by the gradient they have; by none that is not finite."
         parameters = [p for p in self.model.branch.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters])
-        if self.config.clip_grad: clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
-        set_learning_rate(self.optimizer, learning_rate(epoch, self.config))
+        if self.config.optim.clip_grad: clip_grads_with_norm_(parameters, self.config.optim.clip_grad, norm)
+        set_learning_rate(self.optimizer, learning_rate(epoch, self.config.optim))
         self.updates.step(norm, (number, batch["index"]))
         return torch.where(self.updates.refused > 0, torch.zeros_like(terms), terms)
 

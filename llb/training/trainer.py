@@ -32,12 +32,11 @@ from ..runs.loggers import make_loggers, numbers
 from .evaluate import evaluate, format_table, report_metrics, save_predictions
 from .inputs import features_of, Loaders
 from .metrics import ALPHAS, choose_alpha, measure
-from .parallel import shard_backbone
 from .step import TrainStep
 
 # %% ../../nbs/4_training/46_trainer.ipynb #0a928b1f
 _FREE_ON_RESUME = {"resume", "overwrite", "epochs", "device", "workers", "save_dir", "name", "save", "save_every", "timeout", "micro_batches",
-                   "log_every", "batch_size", "loggers", "cache_images", "shard_backbone"}
+                   "log_every", "batch_size", "loggers", "cache_images"}
 
 def check_resumable(
     saved:dict,     # a checkpoint
@@ -60,9 +59,9 @@ class RunWriter:
     "The run folder of one training run."
     def __init__(self, folder:Path, config:Config, runtime:Runtime):
         self.folder, self.config, self.runtime = folder, config, runtime
-        run_on_main(lambda: open_run(folder, config.resume, config.overwrite))
+        run_on_main(lambda: open_run(folder, config.run.resume, config.run.overwrite))
         self.events = EventLog(folder, runtime.is_main)
-        with raise_everywhere(): self.loggers = make_loggers(config.loggers if runtime.is_main else (), folder, config.to_dict())
+        with raise_everywhere(): self.loggers = make_loggers(config.run.loggers if runtime.is_main else (), folder, config.to_dict())
 
     def write(self, kind:str, step:int, **values):
         "Write an event, and its numbers to the loggers."
@@ -85,10 +84,10 @@ class RunWriter:
         "Write a checkpoint; every process calls this, the main one writes."
         def write():
             save_checkpoint(self.folder / "checkpoints", step, state)
-            every = self.config.save_every
+            every = self.config.run.save_every
             kept = {h["step"] for h in state["history"] if every and h["epoch"] % every == 0}
             prune_checkpoints(self.folder / "checkpoints", kept | ({best_step} - {None}))
-        if self.config.save: run_on_main(write)
+        if self.config.run.save: run_on_main(write)
 
     def finish(self, metrics:dict, *writers:Callable[[Path], None]):
         "Write the numbers and what `writers` put into the folder; every process calls this, the main one writes."
@@ -102,7 +101,7 @@ class RunWriter:
 
     def restore(self)->dict|None:
         "The newest whole checkpoint, when the run is to be resumed."
-        return load_newest(self.folder / "checkpoints") if self.config.resume else None
+        return load_newest(self.folder / "checkpoints") if self.config.run.resume else None
 
 # %% ../../nbs/4_training/46_trainer.ipynb #9b389812
 PROBE = 5   # steps that are timed before the rest is promised
@@ -145,13 +144,12 @@ class TrainerState:
         config:Config,
         runtime:Runtime|None=None # None for one process, here
     ):
-        self.runtime = runtime or Runtime(pick_device(config.device), amp=config.amp)
-        if config.shard_backbone: shard_backbone(model.backbone, self.runtime.device)
+        self.runtime = runtime or Runtime(pick_device(config.run.device), amp=config.run.amp)
         self.model, self.data, self.config = model.to(self.runtime.device), data, config
         self.step, self.saved_step, self.history, self.best, self.best_head = 0, None, [], None, None
         self.terms, self.stopping = torch.zeros(len(self.step_type.names), device=self.runtime.device), False
-        self.global_batch = config.batch_size * self.runtime.world_size
-        self.alphas = tuple(sorted({*ALPHAS, *([] if config.alpha is None else [config.alpha])}))
+        self.global_batch = config.optim.batch_size * self.runtime.world_size
+        self.alphas = tuple(sorted({*ALPHAS, *([] if config.model.alpha is None else [config.model.alpha])}))
 
     def prepare(self):
         "Open the run folder, compute or open caches, and go to where the run was left."
@@ -166,7 +164,7 @@ class TrainerState:
         self.fingerprints = {"fingerprint": self.data.train.fingerprint(), "images": self.data.train.fingerprint(sizes=False)}
         if saved: self.restore(saved)
         self.record.describe(self.model, self.data, self.global_batch)
-        self.record.write("resume" if saved else "start", self.step, per_epoch=self.batches.per_epoch, epochs=self.config.epochs)
+        self.record.write("resume" if saved else "start", self.step, per_epoch=self.batches.per_epoch, epochs=self.config.optim.epochs)
 
     def save(self):
         "Write a checkpoint of this step; every process takes part."
@@ -200,7 +198,7 @@ class Trainer(TrainerState):
         self.prepare()
         with StopFlag(self.record.folder / "stop") as self.stop:
             try:
-                while len(self.history) < self.config.epochs and not self.stopping: self.train_epoch()
+                while len(self.history) < self.config.optim.epochs and not self.stopping: self.train_epoch()
                 metrics = {} if self.stopping else self.report()
                 if self.stopping: self.finish("stopped", by=self.stop.reason or "another process")
                 else: self.finish("done")
@@ -214,12 +212,12 @@ class Trainer(TrainerState):
         self.batches.seek(self.step, epoch=len(self.history))
         self.model.train()
         began, waited, first = time.monotonic(), 0.0, self.step
-        with progress(total=self.batches.per_epoch, initial=self.batches.start, desc=f"epoch {self.batches.epoch + 1}/{self.config.epochs}") as bar:
+        with progress(total=self.batches.per_epoch, initial=self.batches.start, desc=f"epoch {self.batches.epoch + 1}/{self.config.optim.epochs}") as bar:
             for batch, wait in self.agreed_batches():
                 terms = self.train_step(batch, self.step, self.step / self.batches.per_epoch)
                 self.terms += terms
                 self.step, waited = self.step + 1, waited + wait
-                if self.step % self.config.log_every == 0:
+                if self.step % self.config.run.log_every == 0:
                     self.check_gradients()
                     self.log("step", terms, 1)
                 if self.step - first == PROBE and not self.history:
@@ -237,7 +235,7 @@ class Trainer(TrainerState):
 
     def log_eta(self, seconds:float):
         "Say what the first steps, of so many seconds each, let expect."
-        left = (self.config.epochs * self.batches.per_epoch - self.step) * seconds
+        left = (self.config.optim.epochs * self.batches.per_epoch - self.step) * seconds
         self.record.write("probe", self.step, seconds_per_step=seconds, seconds_left=left)
         print_main(f"At {seconds:.2f} s a step, training will take {left / 60:.1f} more minutes.")
 
@@ -264,18 +262,18 @@ class Trainer(TrainerState):
         self.record.write(kind, self.step, **event)
         return {"step": self.step, **event}
 
-    def forward_with_tokens(self)->dict: # values of the epoch's event; the last of `selection` is the prediction that chooses the epoch
+    def validate(self)->dict: # values of the epoch's event; the last of `selection` is the prediction that chooses the epoch
         "Score the selection split."
         scores, usage = evaluate(self.model, self.loaders.evaluation("selection"), self.runtime, self.alphas, "selection")
         selection, folder = self.loaders.datasets["selection"], self.record.folder / "snapshots"
-        if not self.model.backbone.sharded: run_on_main(lambda: keep_snapshot(folder, len(self.history) + 1, self.model, selection, self.runtime))
-        alpha = choose_alpha(scores) if self.config.alpha is None else self.config.alpha
+        run_on_main(lambda: keep_snapshot(folder, len(self.history) + 1, self.model, selection, self.runtime))
+        alpha = choose_alpha(scores) if self.config.model.alpha is None else self.config.model.alpha
         found = {"visual": measure(scores, 1), "label": measure(scores, 0), "fused": measure(scores, alpha)}
         return {"alpha": alpha, "selection": found, "objects": usage}
 
     def end_epoch(self, seconds:float, waited:float, steps:int):
         "Look at the selection split, remember the best epoch, save."
-        seen = self.forward_with_tokens()
+        seen = self.validate()
         speed = {"seconds": seconds, "images_per_s": steps * self.batches.batch_size / seconds, "data_wait": waited / seconds}
         self.history.append(self.log("epoch", self.terms, self.batches.per_epoch, **seen, **speed))
         self.terms.zero_()
@@ -284,7 +282,7 @@ class Trainer(TrainerState):
             self.best = {"step": self.step, "epoch": len(self.history), "alpha": seen["alpha"], "nll": nll}
             self.best_head = {k: v.detach().cpu().clone() for k, v in self.model.branch.state_dict().items()}
         self.save()
-        print_main(f"epoch {len(self.history)}/{self.config.epochs}  loss {self.history[-1]['terms']['loss']:.3f}  selection top-1: "
+        print_main(f"epoch {len(self.history)}/{self.config.optim.epochs}  loss {self.history[-1]['terms']['loss']:.3f}  selection top-1: "
             + "  ".join(f"{k} {v['top1']:.1%}" for k, v in found.items())
             + f" (alpha {seen['alpha']:g})  {seconds:.0f} s, {speed['images_per_s']:.0f} images/s, {speed['data_wait']:.0%} waiting for data")
 
@@ -293,10 +291,10 @@ class Trainer(TrainerState):
         self.model.branch.load_state_dict(self.best_head)
         self.model.alpha = self.best["alpha"]
         scores, usage = evaluate(self.model, self.loaders.evaluation("val"), self.runtime, self.alphas, "val")
-        given = "was given" if self.config.alpha is not None else \
+        given = "was given" if self.config.model.alpha is not None else \
             f"was chosen by NLL on the selection split ({len(self.data.selection)} images cut from the training data)"
         metrics = {**report_metrics(scores, self.data.val, self.model.alpha, given), "objects": usage,
-                   "chosen_epoch": {**self.best, "by": "lowest fused NLL on the selection split"}, "features": "bf16 cache" if self.config.cache else "images"}
+                   "chosen_epoch": {**self.best, "by": "lowest fused NLL on the selection split"}, "features": "bf16 cache" if self.config.data.cache else "images"}
         self.record.finish(metrics, lambda folder: save_predictions(folder / "predictions.safetensors", scores, self.model.alpha),
                            lambda folder: self.model.save_pretrained(folder / "model"))
         print_main(format_table(metrics))
