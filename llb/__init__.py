@@ -5,7 +5,7 @@ Public names are imported when first used, so that `import llb` and `llb --help`
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 ROOMS = ("core", "data", "models", "runs", "training", "analysis", "plots", "study", "apps")  # each imports from its left
 
