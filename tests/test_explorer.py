@@ -21,7 +21,6 @@ from llb.apps.html import Album, gallery_page
 from llb.core.distributed import Runtime
 from llb.core.errors import InputError
 from llb.data.batches import EvalBatches, make_loader, ImageDataset
-from llb.data.images import ImageList
 from llb.data.preprocessing import Preprocessing
 from llb.data.splits import load_data
 from llb.models.backbone import load_backbone
