@@ -26,7 +26,6 @@ from .html import object_card, page_html, figure_html, safe, table_html
 from ..core.console import print_main
 from ..core.errors import command, InputError
 from ..core.seeds import seed_from
-from ..data.batches import ImageDataset
 from ..data.images import ImageList
 from ..data.splits import Data
 from ..models.llb import LLB, LLBOutput
@@ -37,6 +36,7 @@ from ..plots.style import to_png
 from ..runs.build import make_data
 from ..runs.config import Config
 from ..runs.folder import read_events
+from ..training.inputs import scoring_loader
 from ..training.metrics import ALPHAS, measure
 
 # %% ../../nbs/8_apps/86_report.ipynb #95975a38
@@ -81,9 +81,8 @@ def predict(
     images:ImageList
 )->tuple[torch.Tensor, LLBOutput]: # images [n,H,W,3] in 0..1 as the model saw them, and its output
     "Run a model over a few images."
-    dataset = ImageDataset(images, model.backbone.transform())
-    batch = torch.stack([dataset[0, i]["image"] for i in range(len(images))])
-    return model.backbone.preprocessing.denormalise(batch), model.eval()(batch)
+    images = next(iter(scoring_loader(model, images, batch_size=len(images))))["image"]
+    return images.movedim(1, -1) / 255, model.eval()(model.backbone.preprocessing.normalise(images))
 
 # %% ../../nbs/8_apps/86_report.ipynb #c3a9c8cf
 def assignment_sheet(run:FinishedRun, count:int=12)->Figure:
