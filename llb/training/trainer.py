@@ -26,7 +26,7 @@ from ..models.token_cache import TokenDataset
 from ..runs.config import Config
 from ..runs.folder import check_resumable, describe_data, RunWriter
 from .evaluate import evaluate, format_table, report_metrics, save_predictions
-from .inputs import features_of, Loaders
+from .inputs import features_of, Inputs
 from .metrics import ALPHAS, choose_alpha, measure
 from .step import TrainStep
 
@@ -64,7 +64,7 @@ def keep_snapshot(
 # %% ../../nbs/4_training/46_trainer.ipynb #a6de9559
 class TrainerState:
     "The position of a run and all that depends on it."
-    step_type, loaders_type = TrainStep, Loaders   # another objective has others
+    step_type, loaders_type = TrainStep, Inputs   # another objective has others
     def __init__(self,
         model:LLB,
         data:Data,
