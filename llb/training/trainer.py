@@ -26,7 +26,7 @@ from ..data.splits import Data
 from ..models.llb import describe_backbone, LLB
 from ..models.token_cache import TokenDataset
 from ..runs.checkpoints import load_newest, prune_checkpoints, save_checkpoint
-from ..runs.config import Config
+from ..runs.config import Config, RESUME_FREE
 from ..runs.folder import environment, EventLog, open_run
 from ..runs.loggers import make_loggers, numbers
 from .evaluate import evaluate, format_table, report_metrics, save_predictions
@@ -35,9 +35,6 @@ from .metrics import ALPHAS, choose_alpha, measure
 from .step import TrainStep
 
 # %% ../../nbs/4_training/46_trainer.ipynb #0a928b1f
-_FREE_ON_RESUME = {"resume", "overwrite", "epochs", "device", "workers", "save_dir", "name", "save", "save_every", "timeout", "micro_batches",
-                   "log_every", "batch_size", "loggers", "cache_images"}
-
 def check_resumable(
     saved:dict,     # a checkpoint
     config:Config,
@@ -46,7 +43,7 @@ def check_resumable(
     "Raise `InputError` unless a checkpoint continues under this configuration and on these images."
     before = {**json.loads(json.dumps(Config().to_dict())), **saved["config"]}   # an option that did not exist yet had its default
     changed = [f"{k} {before[k]!r} -> {v!r}" for k, v in config.to_dict().items()
-               if k not in _FREE_ON_RESUME and before[k] != (list(v) if isinstance(v, tuple) else v)]
+               if k not in RESUME_FREE and before[k] != (list(v) if isinstance(v, tuple) else v)]
     if changed: raise InputError(f"The run was started with other settings ({'; '.join(changed)}); resume it with its own, or start another.")
     if saved["classes"] != list(data.classes):
         raise InputError(f"The checkpoint knows {len(saved['classes'])} classes, the data set has {len(data.classes)}, or they differ in name.")
