@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'FinishedRun', 'read_run', 'sample_images', 'predict', 'assignment_sheet', 'training_curves', 'write_images',
-           'paired_difference', 'results_html', 'dictionary_html', 'usage_html', 'effects_html', 'branches_html',
-           'write_report', 'main']
+           'results_html', 'dictionary_html', 'usage_html', 'effects_html', 'branches_html', 'write_report', 'main']
 
 # %% ../../nbs/8_apps/86_report.ipynb #0b873a26
 import argparse, json
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
-from scipy.stats import binomtest
 
 from ..analysis.effects import effects_of_run
 from ..analysis.index import index_run
@@ -36,6 +34,7 @@ from ..plots.style import to_png
 from ..runs.build import make_data
 from ..runs.config import Config
 from ..runs.folder import read_events
+from ..study.statistics import paired_difference
 from ..training.inputs import scoring_loader
 from ..training.metrics import ALPHAS, measure
 
@@ -109,15 +108,6 @@ def write_images(run:FinishedRun)->list[Path]: # the PNG files
     return [folder / name for name in drawn]
 
 # %% ../../nbs/8_apps/86_report.ipynb #f3677720
-def paired_difference(
-    a:np.ndarray, # [n] bool, whether a prediction is right
-    b:np.ndarray  # [n] of another one
-)->tuple[float, float, float]: # difference of the accuracies, half of its 95 % interval, exact McNemar p
-    "Is one prediction right more often than another, on the same images?"
-    only_a, only_b, n = int((a & ~b).sum()), int((b & ~a).sum()), len(a)
-    half = 1.96 * np.sqrt(max(only_a + only_b - (only_a - only_b) ** 2 / n, 0)) / n
-    return (only_a - only_b) / n, float(half), float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.
-
 def results_html(run:FinishedRun)->str:
     "What the run scored, and whether fusing made a difference."
     names = {"visual": "visual (the ViT's own)", "label": "label-focused", "fused": f"fused, alpha {run.metrics['alpha']['value']:g}"}
