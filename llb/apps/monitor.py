@@ -66,7 +66,7 @@ def load_snapshots(
 # %% ../../nbs/8_apps/84_monitor.ipynb #5c1d7e02
 def _snapshot_column(
     axes:list,            # an Axes for the image and one for each epoch
-    image:np.ndarray,     # [3,H,W] in 0..1
+    image:np.ndarray,     # [H,W,3] in 0..1
     label:int,
     maps:list[dict],      # of this image, as `keep_snapshot` wrote them
     colours:dict[int, str],
@@ -83,8 +83,8 @@ def _snapshot_column(
 def _maps_of(seen:dict, m:int)->dict:
     "What a snapshot holds about one image."
     grid = tuple(seen["grid"].tolist())
-    return {"grid": grid, "objects": seen["objects"][m].reshape(grid), "label_prediction": int(seen["label_prediction"][m]),
-            "probability": seen["probability"][m].astype(np.float32).reshape(grid)}
+    return {"grid": grid, "label_prediction": int(seen["label_prediction"][m]),
+            "objects": seen["objects"][m].reshape(grid), "probability": seen["probability"][m].astype(np.float32).reshape(grid)}
 
 # %% ../../nbs/8_apps/84_monitor.ipynb #5c1d7e04
 def figure_of_snapshots(
@@ -123,7 +123,8 @@ def results_html(
     return table_html(["prediction", "top-1", "NLL", "Brier", "ECE"], rows, note)
 
 # %% ../../nbs/8_apps/84_monitor.ipynb #5c1d7e06
-WAITING = "Images come with the first epoch. Until then the run reads its images and computes tokens, which takes a while; its logs tell."
+WAITING = ("Images come with the first epoch. Until then the run reads its images and computes tokens, "
+           "which takes a while; its logs tell.")
 
 def or_sentence(
     make:Callable[[], str]
@@ -142,7 +143,8 @@ def run_html(run:Run)->str:
     count = f"{len(epochs)} epoch" + "s" * (len(epochs) != 1)
     page = f"<h4>{html.escape(f'{run.folder.name}: {ended}{count}')}</h4>"
     if not epochs: return page + f"<p>{'It ended before its first epoch did.' if ended else WAITING}</p>"
-    def add(figure_of, text): return or_sentence(lambda: figure_html(figure_of(run), f"{text}, of run {run.folder.name}"))
+    def add(figure_of, text):
+        return or_sentence(lambda: figure_html(figure_of(run), f"{text}, of run {run.folder.name}"))
     page += add(figure_of_curves, "Curves of loss, object entropy, accuracy and learning rate by epoch")
     if "objects" in epochs[-1]:   # not where a backbone itself was trained
         page += add(figure_of_snapshots, "Assignment maps of a few selection images, a row for each epoch")
@@ -150,7 +152,6 @@ def run_html(run:Run)->str:
     return page + or_sentence(lambda: results_html(run.metrics))
 
 # %% ../../nbs/8_apps/84_monitor.ipynb #99a38fcc
-_FIELD = {"style": {"description_width": "9em"}, "layout": {"max_width": "calc(100% - 4px)"}}   # whole, also in a narrow notebook
 _LOG = "max-height:18em;overflow:auto;white-space:pre-wrap;font-size:.85em;margin:0"
 
 def log_html(
@@ -186,7 +187,8 @@ class StatePanel:
     "The state of a run in words, with a bar."
     def __init__(self):
         self.status = widgets.HTML()
-        self.bar = widgets.FloatProgress(0, min=0, max=1, description="progress", **_FIELD)
+        layout = {"max_width": "calc(100% - 4px)"}   # whole, also in a narrow notebook
+        self.bar = widgets.FloatProgress(0, min=0, max=1, description="progress", layout=layout)
 
     def refresh(self, run:Run, state:RunState):
         progress = run.progress()
