@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ..core.console import progress, print_main
-from ..core.distributed import (any_rank, gather_objects, run_on_main, pick_device, Runtime, StopFlag,
+from ..core.distributed import (agree_on_stop, gather_objects, run_on_main, pick_device, Runtime, StopFlag,
                                   sum_over_ranks)
 from ..core.errors import InputError
 from ..data.image_cache import StoredImages
@@ -74,7 +74,7 @@ class TrainerState:
         self.runtime = runtime or Runtime(pick_device(config.run.device), amp=config.run.amp)
         self.model, self.data, self.config = model.to(self.runtime.device), data, config
         self.step, self.saved_step, self.history, self.best, self.best_head = 0, None, [], None, None
-        self.terms, self.stopping = torch.zeros(len(self.step_type.names), device=self.runtime.device), False
+        self.terms, self.stopping = torch.zeros(len(self.step_type.names), device=self.runtime.device), None   # or why
         self.global_batch = config.optim.batch_size * self.runtime.world_size
         self.alphas = tuple(sorted({*ALPHAS, *([] if config.model.alpha is None else [config.model.alpha])}))
 
@@ -128,7 +128,7 @@ class Trainer(TrainerState):
             try:
                 while len(self.history) < self.config.optim.epochs and not self.stopping: self.train_epoch()
                 metrics = {} if self.stopping else self.report()
-                if self.stopping: self.finish("stopped", by=self.stop.reason or "another process")
+                if self.stopping: self.finish("stopped", by=self.stopping)
                 else: self.finish("done")
             except (InputError, FloatingPointError) as e:
                 self.finish("failed", error=str(e))
@@ -174,10 +174,11 @@ class Trainer(TrainerState):
             began, batch, error = time.monotonic(), None, None
             try: batch = next(batches, None)
             except InputError as e: error = e
-            stopping, failed = any_rank(bool(self.stop), error is not None)
-            if failed: raise next(e for e in gather_objects(error) if e)
+            reason = agree_on_stop(self.stop, error)
             if batch is None: return   # an epoch that is complete is also looked at, whoever asks to stop
-            if stopping: self.stopping = True; return
+            if reason:
+                self.stopping = reason
+                return
             yield batch, time.monotonic() - began
 
     def log(self, kind:str, terms:Tensor, steps:int, **values)->dict: # the event
