@@ -32,7 +32,7 @@ from ..models.backbone import Backbone
 from ..models.llb import LLBOutput
 from ..runs.config import Config, VisualConfig
 from .evaluate import measure_each, name_classes
-from .inputs import Loaders
+from .inputs import Inputs
 from .metrics import class_accuracy, measure, merge_scores, score_batch, Scores
 from .optim import CheckedUpdates
 from .parallel import compile_blocks
@@ -82,12 +82,12 @@ def visual_transform(
         operation.level_fn = partial(_keep_a_bit, operation.level_fn)
     return steps
 
-class VisualLoaders(Loaders):
+class VisualLoaders(Inputs):
     "Batches of images; those for training are augmented as a backbone needs it."
     def dataset(self, split:str):
-        random, backbone = split == "train" and self.config.augment != "none", self.model.backbone
+        random, backbone = split == "train" and self.config.data.augment != "none", self.model.backbone
         return ImageDataset(getattr(self.data, split), visual_transform(backbone.preprocessing, self.config.visual) if random else backbone.transform(),
-                              self.config.seed)
+                              self.config.run.seed)
 
 # %% ../../nbs/4_training/47_finetune.ipynb #b6ea6a52
 class VisualStep(TrainStep):
