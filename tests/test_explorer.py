@@ -12,15 +12,15 @@ import torch
 from conftest import peak_memory
 from matplotlib.colors import to_rgb
 
+from llb.analysis.catalog import Album, Catalog, cell_images, elsewhere, find_objects, objects_of, predictions
 from llb.analysis.effects import build_effects
 from llb.analysis.index import build_index, open_index
-from llb.apps.catalog import (Catalog, cell_images, draw_class, elsewhere, find_objects, object_html, objects_of,
-                              predictions)
+from llb.apps.cards import gallery_page, object_html
+from llb.apps.catalog import draw_class
 from llb.apps.explorer import Explorer
-from llb.apps.html import Album, gallery_page
 from llb.core.distributed import Runtime
 from llb.core.errors import InputError
-from llb.data.batches import EvalBatches, make_loader, ImageDataset
+from llb.data.batches import EvalBatches, ImageDataset, make_loader
 from llb.data.preprocessing import Preprocessing
 from llb.data.splits import load_data
 from llb.models.backbone import load_backbone

@@ -21,7 +21,7 @@ from llb.core.distributed import Runtime
 from llb.core.errors import InputError
 from llb.data.augment import RandAugment
 from llb.data.batches import ImageDataset
-from llb.data.image_cache import all_images, build_images, StoredImages, ImageStore
+from llb.data.image_cache import all_images, build_images, ImageStore, StoredImages
 from llb.data.images import scan_folder
 from llb.data.preprocessing import Geometry, Preprocessing
 from llb.data.splits import load_data
@@ -32,9 +32,8 @@ from llb.models.objects import entropy, LatentObjects
 from llb.models.token_cache import token_layout
 from llb.runs.build import make_backbone, make_model
 from llb.runs.config import Config
-from llb.runs.folder import read_events
+from llb.runs.folder import check_resumable, read_events
 from llb.training.step import TrainStep
-from llb.training.trainer import check_resumable
 
 HERE = Path(__file__).parent
 SMALL = dict(backbone="test_vit", random_backbone=True, image_size=32, num_layers=3, target_layer=3, batch_size=6, num_objects=16)
