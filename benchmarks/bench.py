@@ -79,7 +79,7 @@ def make_step(name, device, batch=8, image=224, objects=2048, layers=6, backbone
         model = PlainLLB(image=image, objects=objects, layers=layers).to(place)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], config.optim.lr, weight_decay=config.optim.weight_decay)
         return lambda: plain_step(model, optimizer, images, labels, amp=place.type == "cuda"), gflops
-    model = make_model(config, make_backbone(config, CLASSES), CLASSES).to(place).train()
+    model = make_model(config.model, make_backbone(config.model, CLASSES), CLASSES).to(place).train()
     step = TrainStep(model, config, Runtime(place, amp=config.run.amp))
     data = {"image": images, "label": labels, "index": torch.arange(batch)}
     if variant.get("cached"):
@@ -321,7 +321,7 @@ def ddp_rank(args):
     with start_runtime(args.device) as runtime:
         torch.manual_seed(0)
         config = Config.of(**{**MODEL, "batch_size": 4})
-        step = TrainStep(make_model(config, make_backbone(config, CLASSES), CLASSES).to(runtime.device).train(), config, runtime)
+        step = TrainStep(make_model(config.model, make_backbone(config.model, CLASSES), CLASSES).to(runtime.device).train(), config, runtime)
         batch = {"image": torch.randn(4, 3, 224, 224, device=runtime.device), "label": torch.arange(4, device=runtime.device), "index": torch.arange(4)}
         gradient, exchange = torch.zeros(sum(p.numel() for p in step.model.branch.parameters()), device=runtime.device), step.exchange
         alone = lambda last: step.branch.no_sync() if runtime.world_size > 1 else nullcontext()

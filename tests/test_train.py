@@ -122,7 +122,7 @@ BAD = {
     "empty folder": (dict(data_dir="empty"), "0 images"),
     "one class": (dict(data_dir="one"), "at least 2 classes"),
     "no folder": (dict(data_dir="nowhere"), "nowhere", "--data_dir"),
-    "class count": (dict(class_num=4), "3 classes", "4"),
+    "class count": (dict(num_classes=4), "3 classes", "4"),
     "unwritable": (dict(save_dir="file"), "cannot be written", "--save_dir"),
     "no run": (dict(resume=True, name="nothing"), "no run to resume", "without --resume"),
     "resume and overwrite": (dict(resume=True, overwrite=True), "resume"),

@@ -22,7 +22,7 @@ from ..data.splits import Data
 from ..models.llb import describe_backbone, LLB
 from .build import make_data
 from .checkpoints import load_newest, prune_checkpoints, save_checkpoint
-from .config import Config
+from .config import Config, RESUME_FREE
 from .loggers import make_loggers, numbers
 
 # %% ../../nbs/3_runs/36_folder.ipynb #b8e90c75
@@ -159,9 +159,6 @@ def describe_data(data:Data)->dict: # JSON-able
     return {"classes": list(data.classes), "splits": splits, "train_names": data.train.fingerprint(sizes=False)}
 
 # %% ../../nbs/3_runs/36_folder.ipynb #0a928b1f
-_FREE_ON_RESUME = {"resume", "overwrite", "epochs", "device", "workers", "save_dir", "name", "save", "save_every",
-                   "timeout", "micro_batches", "log_every", "batch_size", "loggers", "cache_images"}
-
 def check_resumable(
     saved:dict,      # a checkpoint
     config:Config,
@@ -171,7 +168,7 @@ def check_resumable(
     new, unset = (json.loads(json.dumps(c.to_dict())) for c in (config, Config()))   # tuples become lists
     before = {**unset, **saved["config"]}   # an option that did not exist yet had its default
     changed = [f"{name} {before[name]!r} -> {value!r}" for name, value in new.items()
-               if name not in _FREE_ON_RESUME and before[name] != value]
+               if name not in RESUME_FREE and before[name] != value]
     if changed:
         raise InputError(f"The run was started with other settings ({'; '.join(changed)}); resume it with its own, "
                          "or start another.")
