@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} MPLBACKEND=agg
 DEMO ?= runs/demo
+SEED := $(or $(SEED),$(shell date +%s))
+PYTEST := pytest --randomly-seed=$(SEED)
 
 .PHONY: help demo test test-long test-browser chromium check lab export notebooks bench bench-gpu clean-env
 
@@ -25,19 +27,20 @@ check: .venv/.ready ## the fast checks, before a commit: notebooks and package a
 	@before=$$(mktemp -d) && cp -r nbs llb $$before && $(RUN) nbdev_clean && $(RUN) nbdev_export && \
 	diff -r -x __pycache__ $$before/nbs nbs && diff -r -x __pycache__ $$before/llb llb && rm -r $$before && echo "nbs and llb agree"
 	@$(BIN)/ruff check .
-	@$(RUN) pytest -m "not slow and not long"
+	@echo "Tests run in a random order; SEED=$(SEED) repeats it."
+	@$(RUN) $(PYTEST) -m "not slow and not long" -n 2
 
 test: check chromium ## everything that can be tested on a CPU
 	@$(BIN)/llb fetch
 	@$(RUN) nbdev_test --n_workers 2 --do_print --timing
-	@$(RUN) pytest -m "slow and not browser" -rs -n 2
-	@$(RUN) pytest -m browser -rs
+	@$(RUN) $(PYTEST) -m "slow and not browser" -rs -n 2
+	@$(RUN) $(PYTEST) -m browser -rs -n 2 --dist loadscope
 
 test-long: .venv/.ready ## kill, stop and starve runs at random, about ten minutes
-	@$(RUN) pytest -m long -s
+	@$(RUN) $(PYTEST) -m long -s
 
 test-browser: .venv/.ready chromium ## only the notebooks in JupyterLab, driven through Chromium
-	@$(RUN) pytest -m browser -rs
+	@$(RUN) $(PYTEST) -m browser -rs
 
 chromium:
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
@@ -53,7 +56,9 @@ export: .venv/.ready ## write llb/*.py from the notebooks
 	@$(RUN) nbdev_clean && $(RUN) nbdev_export
 
 notebooks: .venv/.ready ## run all notebooks and store their outputs
-	@for nb in nbs/*/*.ipynb nbs/*.ipynb; do $(RUN) TQDM_DISABLE=1 MPLBACKEND=module://matplotlib_inline.backend_inline jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False --log-level WARN $$nb || exit 1; done
+	@for nb in nbs/*/*.ipynb nbs/*.ipynb; do \
+	$(RUN) TQDM_DISABLE=1 MPLBACKEND=module://matplotlib_inline.backend_inline jupyter nbconvert --to notebook --execute --inplace \
+	--ExecutePreprocessor.store_widget_state=False --log-level WARN $$nb || exit 1; done
 	@$(RUN) nbdev_clean
 
 bench: .venv/.ready ## step time, images/s, memory and input speed against a plain version, on the CPU (some minutes)

@@ -14,7 +14,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from .core.console import print_main
 from .core.distributed import main_first, run_on_main, restarted, Runtime, start_runtime
 from .core.errors import command, InputError
-from .data.batches import EvalBatches, make_loader, ImageDataset
 from .data.splits import Data
 from .models.llb import LLB
 from .runs.build import make_backbone, make_data, make_model
@@ -22,6 +21,7 @@ from .runs.config import Config, parse_command
 from .runs.cost import config_cost, preview
 from .training.evaluate import evaluate, format_table, report_metrics
 from .training.finetune import make_visual_model, VisualTrainer
+from .training.inputs import scoring_loader
 from .training.metrics import ALPHAS
 from .training.trainer import Trainer
 
@@ -34,9 +34,9 @@ def train(
         if restarted() and run_on_main(lambda: any(config.run_folder.glob("*"))): config = config.but(resume=True, overwrite=False)
         data = make_data(config)
         torch.manual_seed(config.run.seed)
-        backbone = main_first(lambda: make_backbone(config, len(data.classes)))
+        backbone = main_first(lambda: make_backbone(config.model, len(data.classes)))
         visual = config.visual.objective == "visual"
-        model = (make_visual_model if visual else make_model)(config, backbone, len(data.classes))
+        model = make_visual_model(config.visual, backbone, len(data.classes)) if visual else make_model(config.model, backbone, len(data.classes))
         print_main(f"{len(data.train)} training, {len(data.selection)} selection and {len(data.val)} validation images of {len(data.classes)} classes; "
             f"{backbone.name} ({backbone.source}); {sum(p.numel() for p in model.branch.parameters()) / 1e6:.1f} M trained parameters; "
             f"{runtime.world_size} process(es) on {runtime.device.type}.")
@@ -54,9 +54,8 @@ def score(model:LLB, data:Data, config:Config, runtime:Runtime)->dict: # see `re
         if not trained.is_dir(): raise InputError(f"There is no trained model in {str(trained)!r} to evaluate; name one with --nv_weights.")
         model = LLB.from_pretrained(trained, backbone=model.backbone)
     alpha = model.alpha if config.model.alpha is None else config.model.alpha
-    dataset = ImageDataset(data.val, model.backbone.transform())
-    loader = make_loader(dataset, EvalBatches(len(data.val), config.optim.batch_size, runtime.rank, runtime.world_size), config.data.workers)
-    scores, _ = evaluate(model.to(runtime.device), loader, runtime, tuple(sorted({*ALPHAS, alpha})))
+    loader = scoring_loader(model.to(runtime.device), data.val, config, runtime)
+    scores, _ = evaluate(model, loader, runtime, tuple(sorted({*ALPHAS, alpha})))
     metrics = report_metrics(scores, data.val, alpha, "is the model's own" if config.model.alpha is None else "was given")
     print_main(format_table(metrics))
     return metrics

@@ -19,6 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")   # before anything imports torch,
 import pytest  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
+pytest.register_assert_rewrite("browser")
+from browser import chromium, lab  # noqa: E402, F401  (fixtures of the browser tests)
+
 ROOT = Path(__file__).parent.parent
 TINY = dict(dataset="ImageFolder", backbone="test_vit.r160_in1k", random_backbone=True, image_size=32, num_objects=8, num_layers=2, target_layer=3,
             epochs=3, batch_size=8, lr=1e-3, device="cpu", log_every=1, workers=0, name="run", timeout=60)

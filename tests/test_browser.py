@@ -1,31 +1,16 @@
-"""The notebooks where people use them: JupyterLab in a real browser, with real kernels and real training processes.
-
-Screenshots are left in runs/browser/ to be looked at.
-"""
-import json
+"""The notebooks where people use them: JupyterLab in a real browser, with real kernels and real training processes."""
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 import uuid
-from pathlib import Path
 
 import pytest
+from browser import ROOT, until, VIEW, write_notebook
 
 from llb.runs.checkpoints import load_newest
-from llb.runs.processes import attach, runs
+from llb.runs.processes import attach
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
-ROOT = Path(__file__).parent.parent
-SHOTS = ROOT / "runs" / "browser"
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
-VIEW = {"width": 1280, "height": 1000}
 TINY = """
 from llb.runs.config import Config
 from llb.runs.processes import attach, start
@@ -33,117 +18,6 @@ from llb.apps.monitor import RunMonitor
 config = Config.of(backbone="test_vit.r160_in1k", random_backbone=True, image_size=64, num_objects=8, num_layers=2, target_layer=2, epochs={epochs}, batch_size=64,
                 augment="none", cache=True, workers=0, log_every=1, device="cpu", save_dir="runs", name="{name}")
 """
-SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"},   # cells out of sight stay in the page, to be read
-            "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}
-
-
-def write_notebook(path, *cells, outputs=()):
-    """A notebook of code cells, with the kernel's name: without it JupyterLab asks."""
-    cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "execution_count": None, "outputs": list(outputs), "source": text} for i, text in enumerate(cells)]
-    meta = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
-    path.write_text(json.dumps({"cells": cells, "metadata": meta, "nbformat": 4, "nbformat_minor": 5}))
-
-
-def until(condition, what, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds} s for: {what}"
-        time.sleep(.2)
-    return found
-
-
-class Lab:
-    """A JupyterLab on a folder of its own, and a page in a browser."""
-    def __init__(self, folder, page, url, server, name):
-        self.folder, self.page, self.url, self.server, self.name, self.problems = folder, page, url, server, name, []
-        page.on("pageerror", lambda e: self.problems.append(str(e)))
-        page.on("console", lambda m: self.problems.append(m.text) if m.type == "error" else None)
-
-    def open(self, notebook):
-        self.page.goto(f"{self.url}/lab/tree/{notebook}?token=llb&reset")
-        self.page.wait_for_selector(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Cell", timeout=60_000)
-        self.panel = self.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
-
-    def command(self, name):
-        self.page.evaluate("name => { window.jupyterapp.commands.execute(name) }", name)
-
-    def wait_for_kernel(self):
-        self.page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'", timeout=60_000)
-
-    def run_all(self):
-        self.wait_for_kernel()
-        self.command("notebook:run-all-cells")
-
-    def text(self): return self.panel.inner_text()
-
-    def see(self, words, seconds=90):
-        until(lambda: words in self.text(), f"{words!r} in the notebook, which says\n{self.text()[-3000:]}", seconds)
-
-    def status(self):
-        """What a screen reader would announce."""
-        return self.panel.get_by_role("status").last.inner_text()
-
-    def press(self, name): self.panel.get_by_role("button", name=name, exact=True).click()
-
-    def shot(self, name): self.page.screenshot(path=SHOTS / f"{self.name}-{name}.png")
-
-    def kernels(self):
-        """The kernels' process ids."""
-        table = [line.split(None, 2) for line in subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()]
-        return [int(pid) for pid, parent, words in table if int(parent) == self.server.pid and "ipykernel" in words]
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
-    if BROWSER is None: pytest.skip("the browser tests need a Chromium or Chrome on the PATH")
-    with playwright.sync_playwright() as p:
-        context = p.chromium.launch_persistent_context(str(tmp_path_factory.mktemp("profile")), executable_path=BROWSER, args=FLAGS,
-                                                       viewport=VIEW, device_scale_factor=1)
-        yield context
-        context.close()
-
-
-@pytest.fixture
-def lab(chromium, tmp_path, request):
-    """Yields a Lab; afterwards nothing it started is left. As parameter it takes JupyterLab's windowing mode."""
-    settings = {**SETTINGS, "notebook-extension/tracker": {"windowingMode": request.param}} if hasattr(request, "param") else SETTINGS
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    (folder := tmp_path / "work").mkdir()
-    for name, values in settings.items():
-        path = tmp_path / "settings/@jupyterlab" / f"{name}.jupyterlab-settings"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    places = {"JUPYTERLAB_SETTINGS_DIR": tmp_path / "settings", "JUPYTERLAB_WORKSPACES_DIR": tmp_path / "spaces", "JUPYTER_CONFIG_DIR": tmp_path / "config",
-              "IPYTHONDIR": tmp_path / "ipython", "JUPYTER_RUNTIME_DIR": tmp_path / "runtime"}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=llb", "--expose-app-in-browser",
-               "--allow-root", f"--ServerApp.root_dir={folder}", "--ServerApp.port_retries=0"]
-    with open(tmp_path / "lab.log", "wb") as log:
-        server = subprocess.Popen(command, env={**os.environ, **{k: str(v) for k, v in places.items()}}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-
-    def answers():
-        assert server.poll() is None, (tmp_path / "lab.log").read_text()
-        try: return urllib.request.urlopen(f"{url}/api?token=llb", timeout=5).status == 200
-        except OSError: return False
-    page = chromium.new_page()
-    try:
-        until(answers, "JupyterLab to answer")
-        yield (it := Lab(folder, page, url, server, request.node.name.removeprefix("test_")))
-        it.shot("end")
-        assert not (ours := [p for p in it.problems if "llb" in p or "widget" in p.lower()]), ours
-    finally:
-        page.close()
-        left = it.kernels() if "it" in locals() else []
-        server.send_signal(signal.SIGTERM)
-        server.wait(30)
-        for run in runs(folder / "runs"): run.stop(grace=0)
-        for pid in left:
-            if Path(f"/proc/{pid}").exists(): os.kill(pid, signal.SIGKILL)
-    assert not [p for run in runs(folder / "runs") for p in run.processes()]
 
 
 def test_saved_images_show_without_a_kernel(lab):

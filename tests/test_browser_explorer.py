@@ -1,7 +1,4 @@
-"""The explorer in JupyterLab: by mouse, by keyboard, while a cell is busy, scrolled away, saved, without a kernel.
-
-Screenshots are left in runs/browser/ to be looked at.
-"""
+"""The explorer in JupyterLab: by mouse, by keyboard, while a cell is busy, scrolled away, saved, without a kernel."""
 import os
 import re
 import shutil
@@ -11,8 +8,7 @@ import uuid
 
 import numpy as np
 import pytest
-import test_browser
-from test_browser import ROOT, chromium, lab, until, write_notebook  # noqa: F401
+from browser import ROOT, until, write_notebook
 
 from llb.analysis.index import open_index
 from llb.runs.config import Config
@@ -34,7 +30,7 @@ def run(tmp_path_factory):
     return folder / "tiny"
 
 
-def explore(lab, run, *more, name="a.ipynb"):  # noqa: F811
+def explore(lab, run, *more, name="a.ipynb"):
     """Open a notebook with an explorer; the explorer's parts."""
     here = lab.folder / "runs" / run.name
     if not here.exists(): shutil.copytree(run, here)
@@ -47,7 +43,7 @@ def explore(lab, run, *more, name="a.ipynb"):  # noqa: F811
     return picker
 
 
-def line(lab): return lab.panel.locator(".llb-line").inner_text()  # noqa: F811
+def line(lab): return lab.panel.locator(".llb-line").inner_text()
 
 
 def click(picker, index, patch, which="map"):
@@ -71,7 +67,7 @@ def other_patch(index, i, k):
     return patch, int(objects[patch])
 
 
-def test_from_a_click_to_an_exported_gallery(lab, run):  # noqa: F811
+def test_from_a_click_to_an_exported_gallery(lab, run):
     index = open_index(run / "objects/val")
     picker = explore(lab, run)
     panel = lab.panel
@@ -169,7 +165,7 @@ def test_from_a_click_to_an_exported_gallery(lab, run):  # noqa: F811
     assert lab.panel.get_by_role("button", name="unpin", exact=True).count() == 1
 
 
-def test_a_click_while_a_cell_is_busy_is_drawn_at_once_and_answered(lab, run):  # noqa: F811
+def test_a_click_while_a_cell_is_busy_is_drawn_at_once_and_answered(lab, run):
     index = open_index(run / "objects/val")
     picker = explore(lab, run, "import time\nfor i in range(200): time.sleep(.1)\nprint('cell', 'over')")
     patch, k = other_patch(index, 0, int(index.patches.argmax()))
@@ -180,11 +176,8 @@ def test_a_click_while_a_cell_is_busy_is_drawn_at_once_and_answered(lab, run):  
     until(lambda: lab.panel.locator("h3").first.inner_text() == f"object {k}", "the answer to the click")
 
 
-@pytest.fixture
-def full_windowing(monkeypatch): monkeypatch.setitem(test_browser.SETTINGS, "notebook-extension/tracker", {"windowingMode": "full"})
-
-
-def test_scrolled_away_and_back_under_full_windowing(full_windowing, lab, run):  # noqa: F811
+@pytest.mark.parametrize("lab", ["full"], indirect=True)
+def test_scrolled_away_and_back_under_full_windowing(lab, run):
     index = open_index(run / "objects/val")
     picker = explore(lab, run, *["print('\\n' * 40)"] * 30)
     until(lambda: not lab.page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets.some(c => c.promptNode?.textContent.includes('*'))"), "all cells to have run")
@@ -215,7 +208,7 @@ def test_scrolled_away_and_back_under_full_windowing(full_windowing, lab, run): 
     until(lambda: lab.panel.locator("h3").first.inner_text() == f"object {k}", "a click after coming back")
 
 
-def test_a_saved_notebook_shows_its_images_without_a_kernel(lab, run):  # noqa: F811
+def test_a_saved_notebook_shows_its_images_without_a_kernel(lab, run):
     explore(lab, run)
     lab.command("docmanager:save")
     until(lambda: "data-llb-stand-in" in (lab.folder / "a.ipynb").read_text(), "the notebook to be saved")
@@ -247,7 +240,7 @@ LATENCY = """async ([patches, w, h]) => {
 }"""
 
 
-def test_a_click_takes_less_than_a_blink(lab, tmp_path):  # noqa: F811
+def test_a_click_takes_less_than_a_blink(lab, tmp_path):
     "50,000 images, K = 2,048, 1,000 classes: from the mouse to the numbers, and to the gallery, in the page."
     from explorer import synthetic_index
     index = synthetic_index(tmp_path / "big/index")

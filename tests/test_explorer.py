@@ -21,7 +21,6 @@ from llb.apps.html import Album, gallery_page
 from llb.core.distributed import Runtime
 from llb.core.errors import InputError
 from llb.data.batches import EvalBatches, make_loader, ImageDataset
-from llb.data.images import ImageList
 from llb.data.preprocessing import Preprocessing
 from llb.data.splits import load_data
 from llb.models.backbone import load_backbone
@@ -205,20 +204,6 @@ def test_a_click_takes_less_than_200_ms_of_work(big):
 def test_a_catalog_of_50_000_images_is_small(big):
     most, _ = peak_memory(lambda: Catalog(open_index(big.rows.path.parent)))
     assert most < 500, most   # MB: tables of K x K and C x K, not of images; the two tables of logits alone have 400
-
-
-@pytest.mark.slow
-def test_the_index_of_ten_times_the_images_needs_no_more_memory(model, tmp_path):
-    def peak(times):
-        images = CLIPART.take(list(range(200)) * times)
-        images = ImageList(images.root, images.files, tuple(y % 4 for y in images.labels), NASTY, images.files)
-        loader = make_loader(ImageDataset(images, model.backbone.transform()), EvalBatches(len(images), 32))
-        return peak_memory(lambda: build_effects(model, loader, build_index(model, loader, tmp_path / str(times), RUNTIME), RUNTIME, 2))
-    peak(1)
-    peak(10)   # Python's table of names may grow once
-    (small, before), (large, after) = peak(1), peak(10)
-    print(f"200 images: {small:.1f} MB of Python objects, process at most {before:.0f} MB; 2,000: {large:.1f} MB, {after:.0f} MB")
-    assert large - small < 3 and after - before < 30
 
 
 def test_the_preprocessing_of_an_index_survives_json(index):

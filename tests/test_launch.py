@@ -88,7 +88,7 @@ def test_two_runs_at_once_stop_and_resume(config):
     again = start(config.but(resume=True, epochs=epochs), nproc=2)
     assert again.launch.name == "002" and again.state.live
     assert again.wait(120).name == "done"
-    assert again.metrics()["fused"]["top1"] >= 0 and again.progress().step == again.progress().steps
+    assert again.metrics["fused"]["top1"] >= 0 and again.progress().step == again.progress().steps
     no_process_of(again)
 
 

@@ -13,7 +13,6 @@ import pytest
 import llb
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("core", "data", "models", "runs", "training", "analysis", "plots", "study", "apps")
 MODULES = sorted(".".join(p.relative_to(ROOT / "llb").with_suffix("").parts) for p in (ROOT / "llb").rglob("*.py") if not p.stem.startswith("_"))
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("[0-9][0-9]_*.ipynb"))
 
@@ -82,6 +81,16 @@ def test_training_needs_no_notebook():
 def test_public_names_resolve(name): assert getattr(llb, name) is not None
 
 
+def test_an_editor_sees_the_public_names():
+    tree = ast.parse((ROOT / "llb/__init__.py").read_text())
+    block = next(n for n in tree.body if isinstance(n, ast.If))
+    assert {a.asname: n.module for n in block.body for a in n.names} == llb._HOME
+
+
+def test_rooms_are_attributes():
+    python("import llb; assert llb.plots.__name__ == 'llb.plots' and set(llb.ROOMS) <= set(dir(llb))")
+
+
 def test_unknown_public_name():
     with pytest.raises(AttributeError, match="it offers"): getattr(llb, "nothing")  # noqa: B009
 
@@ -94,9 +103,9 @@ def places():
         names = [line.split()[-1] for source in sources for line in source.splitlines() if line.startswith("#| default_exp")]
         for name in names:
             room, _, module = name.rpartition(".")
-            folder = f"{ROOMS.index(room)}_{room}" if room else "nbs"
+            folder = f"{llb.ROOMS.index(room)}_{room}" if room else "nbs"
             assert notebook.parent.name == folder and notebook.stem[3:] == module, f"{notebook} is no place for {name}"
-            found[name] = (ROOMS.index(room) if room else len(ROOMS), int(notebook.name[:2]))
+            found[name] = (llb.ROOMS.index(room) if room else len(llb.ROOMS), int(notebook.name[:2]))
     return found
 
 
@@ -124,7 +133,7 @@ def test_a_room_imports_from_rooms_to_its_left():
     for module in MODULES:
         for used in imported(module):
             if at[used] >= at[module]: wrong.append(f"{module} imports {used}, which stands to its right")
-            if at[module][0] == ROOMS.index("plots") and at[used][0] not in (ROOMS.index("plots"), ROOMS.index("core")):
+            if at[module][0] == llb.ROOMS.index("plots") and at[used][0] not in (llb.ROOMS.index("plots"), llb.ROOMS.index("core")):
                 wrong.append(f"{module} imports {used}: plots take arrays and use core alone")
     assert not wrong, wrong
 

@@ -26,7 +26,7 @@ def make_step(dtype=torch.float32, **options):
     "A training step and a batch for it."
     torch.manual_seed(0)
     config = Config.of(**{**SMALL, **options})
-    model = make_model(config, make_backbone(config, 3), 3).to(dtype).train()
+    model = make_model(config.model, make_backbone(config.model, 3), 3).to(dtype).train()
     batch = {"image": torch.randn(6, 3, 32, 32, dtype=dtype), "label": torch.arange(6) % 3, "index": torch.arange(6)}
     return TrainStep(model, config, Runtime(torch.device("cpu"), amp=config.run.amp)), batch
 
@@ -209,9 +209,9 @@ def test_a_missing_compiler_is_said(monkeypatch):
 
 def test_a_backbone_in_bf16_keeps_its_name_and_can_be_saved(tmp_path):
     config = Config.of(**SMALL, backbone_dtype="bfloat16")
-    backbone = make_backbone(config, 3)
+    backbone = make_backbone(config.model, 3)
     assert backbone.dtype == torch.bfloat16
-    model = make_model(config, backbone, 3).eval()
+    model = make_model(config.model, backbone, 3).eval()
     batch = torch.randn(4, 3, 32, 32)
     out = model(batch)
     model.save_pretrained(tmp_path)

@@ -21,19 +21,17 @@ from ..core.arrays import Rows, RowWriter
 from ..core.console import progress
 from ..core.distributed import pick_device, Runtime
 from ..core.errors import InputError
-from ..data.batches import EvalBatches, make_loader, ImageDataset
 from ..data.images import ImageList
 from ..data.preprocessing import Preprocessing
 from ..models.backbone import BackboneOutput
 from ..models.llb import LLB, LLBOutput
 from ..models.objects import entropy
-from ..models.token_cache import build_tokens, TokenDataset
 from ..models.weights import content_hash
 from ..runs.build import make_data
 from ..runs.checkpoints import load_checkpoint
 from ..runs.config import Config
 from ..runs.folder import environment
-from ..training.inputs import features_of
+from ..training.inputs import features_of, scoring_loader
 
 # %% ../../nbs/5_analysis/51_index.ipynb #52159724
 @torch.no_grad()
@@ -217,12 +215,7 @@ def load_run(
     config, model, runtime = Config.from_file(run / "config.json"), LLB.from_pretrained(run / "model"), Runtime(pick_device(device))
     model.branch.load_state_dict(head)
     model.to(runtime.device)
-    images, workers = _split(config, split), config.data.workers
-    dataset = ImageDataset(images, model.backbone.transform())
-    if config.data.cache:
-        store = build_tokens(model.backbone, model.target_layer, images, runtime, workers=workers, desc=f"{split} features")
-        dataset, workers = TokenDataset(store, images), 0
-    return model, make_loader(dataset, EvalBatches(len(images), batch_size), workers), runtime
+    return model, scoring_loader(model, _split(config, split), config, runtime, batch_size), runtime
 
 def index_run(
     run:str|Path,            # see `load_run`

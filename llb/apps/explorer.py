@@ -27,9 +27,9 @@ from .widgets import PatchPicker, TileSheet
 from ..core.distributed import pick_device, Runtime
 from ..core.errors import InputError
 from ..core.files import read_json
-from ..data.batches import EvalBatches, make_loader, ImageDataset
 from ..data.images import ImageList
 from ..models.llb import LLB
+from ..training.inputs import scoring_loader
 from ..plots.maps import colour_of, label_places, top_objects
 
 # %% ../../nbs/8_apps/85_explorer.ipynb #45b3cef7
@@ -47,8 +47,8 @@ def open_catalog(
     if isinstance(what, LLB):
         if not isinstance(dataset, ImageList): raise InputError("A model is explored on images; give them too, such as load_data(folder).val.")
         folder, runtime = Path(folder or tempfile.mkdtemp(prefix="llb-")) / "model", Runtime(pick_device(device))
-        loader = make_loader(ImageDataset(dataset, what.backbone.transform()), EvalBatches(len(dataset), 32))
-        build_effects(what.to(runtime.device), loader, index := build_index(what, loader, folder, runtime), runtime)
+        loader = scoring_loader(what.to(runtime.device), dataset, runtime=runtime, batch_size=32)
+        build_effects(what, loader, index := build_index(what, loader, folder, runtime), runtime)
         return open_catalog(index)
     run = Path(what)
     index, effects = effects_of_run(run, dataset or "val", device)

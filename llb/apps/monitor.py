@@ -85,7 +85,7 @@ def draw_snapshots(
 # %% ../../nbs/8_apps/84_monitor.ipynb #11691022
 def results_html(run:RunFolder)->str: # "" until the run is done
     "The reported numbers as a table."
-    metrics = run.metrics()
+    metrics = run.metrics
     if not metrics: return ""
     head, *rows, note = format_table(metrics).splitlines()
     cells = lambda line, tag: "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in re.split(r" {2,}", line[24:].strip()))

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'FinishedRun', 'read_run', 'sample_images', 'predict', 'assignment_sheet', 'training_curves', 'write_images',
-           'paired_difference', 'results_html', 'dictionary_html', 'usage_html', 'effects_html', 'branches_html',
-           'write_report', 'main']
+           'results_html', 'dictionary_html', 'usage_html', 'effects_html', 'branches_html', 'write_report', 'main']
 
 # %% ../../nbs/8_apps/86_report.ipynb #0b873a26
 import argparse, json
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
-from scipy.stats import binomtest
 
 from ..analysis.effects import effects_of_run
 from ..analysis.index import index_run
@@ -26,7 +24,6 @@ from .html import object_card, page_html, figure_html, safe, table_html
 from ..core.console import print_main
 from ..core.errors import command, InputError
 from ..core.seeds import seed_from
-from ..data.batches import ImageDataset
 from ..data.images import ImageList
 from ..data.splits import Data
 from ..models.llb import LLB, LLBOutput
@@ -37,6 +34,8 @@ from ..plots.style import to_png
 from ..runs.build import make_data
 from ..runs.config import Config
 from ..runs.folder import read_events
+from ..study.statistics import paired_difference
+from ..training.inputs import scoring_loader
 from ..training.metrics import ALPHAS, measure
 
 # %% ../../nbs/8_apps/86_report.ipynb #95975a38
@@ -81,9 +80,8 @@ def predict(
     images:ImageList
 )->tuple[torch.Tensor, LLBOutput]: # images [n,H,W,3] in 0..1 as the model saw them, and its output
     "Run a model over a few images."
-    dataset = ImageDataset(images, model.backbone.transform())
-    batch = torch.stack([dataset[0, i]["image"] for i in range(len(images))])
-    return model.backbone.preprocessing.denormalise(batch), model.eval()(batch)
+    images = next(iter(scoring_loader(model, images, batch_size=len(images))))["image"]
+    return images.movedim(1, -1) / 255, model.eval()(model.backbone.preprocessing.normalise(images))
 
 # %% ../../nbs/8_apps/86_report.ipynb #c3a9c8cf
 def assignment_sheet(run:FinishedRun, count:int=12)->Figure:
@@ -110,15 +108,6 @@ def write_images(run:FinishedRun)->list[Path]: # the PNG files
     return [folder / name for name in drawn]
 
 # %% ../../nbs/8_apps/86_report.ipynb #f3677720
-def paired_difference(
-    a:np.ndarray, # [n] bool, whether a prediction is right
-    b:np.ndarray  # [n] of another one
-)->tuple[float, float, float]: # difference of the accuracies, half of its 95 % interval, exact McNemar p
-    "Is one prediction right more often than another, on the same images?"
-    only_a, only_b, n = int((a & ~b).sum()), int((b & ~a).sum()), len(a)
-    half = 1.96 * np.sqrt(max(only_a + only_b - (only_a - only_b) ** 2 / n, 0)) / n
-    return (only_a - only_b) / n, float(half), float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.
-
 def results_html(run:FinishedRun)->str:
     "What the run scored, and whether fusing made a difference."
     names = {"visual": "visual (the ViT's own)", "label": "label-focused", "fused": f"fused, alpha {run.metrics['alpha']['value']:g}"}

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.errors import InputError
 from ..core.files import read_json, write_json
 from .config import Config, parse_command
-from .folder import check_folder, LAUNCH, open_run, without_undone, tail_events
+from .folder import check_folder, LAUNCH, prepare_folder, RunReader
 from .launchers import LAUNCHERS, LEAVE_S, Process, Slurm, STOPPED, Torchrun
 
 # %% ../../nbs/3_runs/38_processes.ipynb #351d1b7a
@@ -57,12 +57,8 @@ def tail_text(
     return "\n".join(text.splitlines()[-lines:])
 
 # %% ../../nbs/3_runs/38_processes.ipynb #b44f3bf2
-class RunFolder:
-    "What a run has left in its folder so far."
-    def __init__(self, folder:str|Path):
-        self.folder = Path(folder).resolve()
-        self._lock, self._events, self._position = threading.Lock(), [], 0
-
+class RunFolder(RunReader):
+    "What a run and its launcher have left in the folder so far."
     @property
     def launch(self)->Path|None: # launch/NNN of the newest start; None when it was not started from here
         found = sorted((self.folder / LAUNCH).glob("*/proc.json"))
@@ -71,19 +67,6 @@ class RunFolder:
     @property
     def record(self)->dict: # proc.json; {} when it was not started from here
         return read_json(self.launch / "proc.json") if self.launch else {}
-
-    def events(self,
-        since:float=0 # seconds since 1970: only later ones
-    )->list[dict]:
-        "The run's events, without those a resume has undone."
-        with self._lock:
-            new, position = tail_events(self.folder, self._position)
-            if position < self._position: self._events = []   # the run was started again
-            self._position, self._events = position, without_undone(self._events + new)
-            return [e for e in self._events if e["time"] > since]
-
-    def metrics(self)->dict: # {} until the run is done
-        return read_json(self.folder / "metrics.json")
 
     def log(self,
         rank:int|None=None, # None for all, as they came
@@ -144,7 +127,7 @@ class Run(RunFolder):
     def state(self)->State:
         "Where the run stands now."
         alive, record = self.alive, self.record   # first: what it writes before it ends is then seen
-        events = self.events(record.get("began", 0))
+        events = [e for e in self.events() if e["time"] > record.get("began", 0)]
         opened = any(e["kind"] in ("start", "resume") for e in events)
         end = events[-1] if events and events[-1]["kind"] == "end" else None
         asked = read_json(self.launch / "stop.json").get("stage") if record else None
@@ -223,7 +206,7 @@ def start(
     except OSError as e: raise InputError(f"The run folder {str(folder)!r} cannot be written ({e.strerror}); choose another save_dir.") from e
     with _locked(folder / LAUNCH):
         if run.record and run.alive: raise InputError(f"{str(folder)!r} was started by another program just now; attach to it.")
-        open_run(folder, config.run.resume, config.run.overwrite)
+        prepare_folder(folder, config.run.resume, config.run.overwrite)
         launch = folder / LAUNCH / f"{1 + len(list((folder / LAUNCH).glob('[0-9]*'))):03}"
         launch.mkdir()
         write_json(launch / "config.json", {"config": config.but(overwrite=False).to_dict()})

@@ -31,7 +31,7 @@ from ..models.backbone import Backbone
 from ..models.heads import HeadOutput
 from ..runs.config import Config, VisualConfig
 from .evaluate import measure_each, name_classes
-from .inputs import Loaders
+from .inputs import Inputs
 from .metrics import class_accuracy, measure, merge_scores, score_batch, Scores
 from .parallel import compile_blocks
 from .step import in_parallel, TrainStep, Updates
@@ -80,12 +80,12 @@ def visual_transform(
         operation.level_fn = partial(_keep_a_bit, operation.level_fn)
     return steps
 
-class VisualLoaders(Loaders):
+class VisualLoaders(Inputs):
     "Batches of images; those for training are augmented as a backbone needs it."
     def dataset(self, split:str):
-        random, backbone = split == "train" and self.config.augment != "none", self.model.backbone
+        random, backbone = split == "train" and self.config.data.augment != "none", self.model.backbone
         return ImageDataset(getattr(self.data, split), visual_transform(backbone.preprocessing, self.config.visual) if random else backbone.transform(),
-                              self.config.seed)
+                              self.config.run.seed)
 
 # %% ../../nbs/4_training/47_finetune.ipynb #b6ea6a52
 class VisualStep(TrainStep):
@@ -166,10 +166,6 @@ class VisualTrainer(Trainer):
         return metrics
 
 # %% ../../nbs/4_training/47_finetune.ipynb #ea37aa4b
-def make_visual_model(config:Config, backbone:Backbone, num_classes:int)->VisualModel:
-    "The backbone to fine-tune. Raises `InputError` for settings that need a frozen one."
-    for name, why in dict(cache="tokens of a backbone that trains change with every step",
-                          cache_images="its training images are cropped at random", eval="a backbone by itself is scored when it is trained",
-                          nv_weights="label-focused layers are trained afterwards").items():
-        if config.to_dict()[name]: raise InputError(f"--{name} does not go with --objective visual: {why}.")
-    return VisualModel(backbone, num_classes, config.visual.backbone_drop_path)
+def make_visual_model(config:VisualConfig, backbone:Backbone, num_classes:int)->VisualModel:
+    "The backbone to fine-tune."
+    return VisualModel(backbone, num_classes, config.backbone_drop_path)
