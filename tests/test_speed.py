@@ -11,8 +11,7 @@ from llb.core.distributed import Runtime
 from llb.core.errors import InputError
 from llb.data.splits import load_data
 from llb.runs.config import Config
-from llb.runs.folder import read_events
-from llb.training.trainer import check_resumable
+from llb.runs.folder import check_resumable, read_events
 
 HERE = Path(__file__).parent
 SMALL = dict(backbone="test_vit", random_backbone=True, image_size=32, num_layers=3, target_layer=3, batch_size=6, num_objects=16)

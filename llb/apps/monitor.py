@@ -25,10 +25,9 @@ from ..data.datasets import dataset_name
 from ..plots.charts import as_columns, plot_perplexity_over_time, plot_training_curves
 from ..plots.maps import by_importance, draw_map, legend_entries, object_colours, show_image
 from ..plots.style import INK, plain_text, SMALL
-from ..runs.config import Config, recipe_file, RECIPES
+from ..runs.config import Config, PARTS, recipe_file, RECIPES
 from ..runs.processes import attach, Run, RunFolder, start, State
 from ..training.evaluate import format_table
-from ..runs.config import PARTS
 
 # %% ../../nbs/8_apps/84_monitor.ipynb #a08fa4bf
 def draw_curves(run:RunFolder)->Figure:

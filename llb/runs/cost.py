@@ -15,10 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.backbone import load_backbone
-from .config import Config
-from ..models.zoo import find_method
 from ..models.llb import LLB
-from ..models.zoo import FOCUS_NAME
+from ..models.zoo import find_method, FOCUS_NAME
+from .config import Config
 
 # %% ../../nbs/3_runs/33_cost.ipynb #f7eceb09
 from .config import RECIPES
