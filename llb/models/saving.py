@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .. import __version__
+import llb
 from ..core.errors import InputError
 from ..core.files import write_json
 from .backbone import Backbone, backbone_from_state, load_backbone
@@ -94,7 +94,7 @@ def card_text(
     table = "\n".join(f"| {k} | {v} |" for k, v in settings.items())
     return f"""# {kind} on {backbone}
 
-Label-focused latent objects on a frozen backbone ([Kang, Bae and Kim, ICLR 2024]({_PAPER})), trained with llb {__version__}.
+Label-focused latent objects on a frozen backbone ([Kang, Bae and Kim, ICLR 2024]({_PAPER})), trained with llb {llb.__version__}.
 Backbone: `{backbone}` ({source}). Classes: {names}.
 
 {_quoted(metrics)}
@@ -115,7 +115,7 @@ class _Written(ModelHubMixin, library_name="llb", tags=["latent-objects"], paper
     def _save_pretrained(self, save_directory:Path):
         parts = {option: part_name(part) for option, part in self.parts.items()}
         write_json(save_directory / CONFIG_FILE, {
-            "format": FORMAT, "llb": __version__, "kind": type(self).__name__, "model": self.settings, "parts": parts,
+            "format": FORMAT, "llb": llb.__version__, "kind": type(self).__name__, "model": self.settings, "parts": parts,
             "frozen": describe_backbone(self.backbone), "classes": self.classes, "metrics": self.metrics})
         weights = {name: value.contiguous() for name, value in self.branch.state_dict().items()}
         save_file(weights, save_directory / WEIGHTS_FILE)
@@ -146,7 +146,7 @@ def _read_config(folder:Path)->dict:
         raise InputError(f"{str(folder / CONFIG_FILE)!r} is damaged ({e}); save the model again, or take it from a copy.") from e
     if config.get("format") != FORMAT:
         raise InputError(f"{str(folder)!r} was written in format {config.get('format', 1)} by llb {config.get('llb', '0.1')}; "
-                         f"this is llb {__version__}, which reads format {FORMAT}. Load it with that version, or train again.")
+                         f"this is llb {llb.__version__}, which reads format {FORMAT}. Load it with that version, or train again.")
     return config
 
 def _fill(module:nn.Module, file:Path):
