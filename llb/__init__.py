@@ -19,6 +19,7 @@ _HOME = {
     "load_data": "data.splits",
     "load_dataset": "data.datasets",
     "Config": "runs.config",
+    "evaluate": "training.evaluate",
     "start": "runs.processes",
     "attach": "runs.processes",
     "Trainer": "training.trainer",
