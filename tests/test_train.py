@@ -80,7 +80,7 @@ def test_cache(images, tmp_path, forked, monkeypatch):
     for name, options in runs.items():
         run = forked(data_dir=images, save_dir=tmp_path, name=name, augment="none", opt="SGD", lr=.01, patch=(set_cache, str(tmp_path / "cache")), **options)
         assert run.finish() == [0], run.text
-        assert ("Caching" in run.text) == (name == "cached")   # the second one finds it
+        assert ("Building the token cache" in run.text) == (name == "cached")   # the second one finds it
     first, cached, again = (parameters(tmp_path / n) for n in runs)
     assert equal(cached, again) and not equal(first, cached)
     start = max(float(v.abs().max()) for v in first.values())
