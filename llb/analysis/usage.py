@@ -13,7 +13,7 @@ import torch
 from .exemplars import at_quantile, Exemplars
 from .index import ObjectIndex
 from ..core.errors import InputError
-from ..models.llb import fuse
+from ..models.heads import fuse
 from ..models.objects import entropy
 from ..training.metrics import ALPHAS, merge_scores, score_batch, Scores
 

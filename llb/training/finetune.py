@@ -19,7 +19,6 @@ from timm.layers import DropPath
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ..core.console import print_main
@@ -33,9 +32,8 @@ from ..runs.config import Config, VisualConfig
 from .evaluate import class_top1, measure_each, score_batches
 from .inputs import Inputs
 from .metrics import measure, Scores
-from .optim import CheckedUpdates
 from .parallel import compile_blocks
-from .step import TrainStep
+from .step import in_parallel, TrainStep, Updates
 from .trainer import Trainer
 
 # %% ../../nbs/4_training/47_finetune.ipynb #8771a5bf
@@ -91,14 +89,13 @@ class VisualLoaders(Inputs):
 # %% ../../nbs/4_training/47_finetune.ipynb #b6ea6a52
 class VisualStep(TrainStep):
     "Backbone, parallel wrapper and optimizer: one call is one optimizer step on mixed images."
-    names = ("loss",)
     def __init__(self, model:VisualModel, config:Config, runtime:Runtime):
-        self.model, self.config, self.runtime, cuda = model, config, runtime, runtime.device.type == "cuda"
-        self.optimizer = create_optimizer_v2(model.branch, config.optim.opt.lower(), config.optim.lr, config.optim.weight_decay, config.optim.momentum,
+        self.model, self.runtime = model, runtime
+        optimizer = create_optimizer_v2(model.branch, config.optim.opt.lower(), config.optim.lr, config.optim.weight_decay, config.optim.momentum,
             filter_bias_and_bn=not config.optim.decay_all, layer_decay=config.visual.layer_decay, fused=True)
-        self.updates = CheckedUpdates(self.optimizer, runtime.device)
+        Updates.__init__(self, model.branch, optimizer, config, runtime.device)
         if config.run.compile: compile_blocks(model.branch.blocks, runtime.device)
-        self.branch = DistributedDataParallel(model.branch, [runtime.device] if cuda else None) if runtime.world_size > 1 else model.branch
+        self.branch = in_parallel(model.branch, runtime)
         self.loss = SoftTargetCrossEntropy()
         self.mixup = Mixup(config.visual.mixup, config.visual.cutmix, label_smoothing=config.visual.smoothing, num_classes=model.branch.num_classes)
 
@@ -109,13 +106,13 @@ class VisualStep(TrainStep):
             return images, mixup_target(labels, self.mixup.num_classes, smoothing=self.config.visual.smoothing)
         with seeded(*place, "mixup"): return self.mixup(images, labels)
 
-    def __call__(self, batch:dict, number:int, epoch:float)->Tensor: # [1]; see `TrainStep`
+    def __call__(self, batch:dict, number:int, epoch:float)->dict[str, Tensor]: # the loss; see `TrainStep`
         place = (self.config.run.seed, "step", number, self.runtime.rank)
         images, targets = self.mixed(batch, place)
         torch.manual_seed(seed_from(*place))
         parts = list(zip(images.chunk(self.config.optim.micro_batches), targets.chunk(self.config.optim.micro_batches)))
         losses = [self.backward(x, y, len(x) / len(images), last=i == len(parts) - 1) for i, (x, y) in enumerate(parts)]
-        return self.update(batch, number, epoch, torch.stack(losses).sum(0, keepdim=True))
+        return self.update(batch["index"], number, epoch, {"loss": torch.stack(losses).sum()})
 
     def backward(self, images:Tensor, targets:Tensor, share:float, last:bool)->Tensor:
         "Add the gradients of a part of the batch."

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.distributed import sum_over_ranks
 from ..core.errors import InputError
-from ..models.llb import fuse
+from ..models.heads import fuse
 from ..models.objects import entropy
 
 # %% ../../nbs/4_training/40_metrics.ipynb #ebf2c7a4
