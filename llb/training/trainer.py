@@ -26,7 +26,7 @@ from ..models.saving import describe_backbone
 from ..models.token_cache import TokenDataset
 from ..runs.config import Config
 from ..runs.folder import check_resumable, describe_data, RunWriter
-from .evaluate import evaluate, format_table, report_metrics, save_predictions
+from .evaluate import format_table, report_metrics, score_model, save_predictions
 from .inputs import features_of, Inputs
 from .metrics import ALPHAS, choose_alpha, measure
 from .step import TrainStep
@@ -196,7 +196,7 @@ class Trainer(TrainerState):
 
     def validate(self)->dict: # values of the epoch's event; the last of `selection` is the prediction that chooses the epoch
         "Score the selection split."
-        scores, usage = evaluate(self.model, self.loaders.evaluation("selection"), self.runtime, self.alphas, "selection")
+        scores, usage = score_model(self.model, self.loaders.evaluation("selection"), self.runtime, self.alphas, "selection")
         selection, folder = self.loaders.datasets["selection"], self.record.folder / "snapshots"
         run_on_main(lambda: keep_snapshot(folder, len(self.history) + 1, self.model, selection, self.runtime))
         alpha = choose_alpha(scores) if self.config.model.alpha is None else self.config.model.alpha
@@ -222,7 +222,7 @@ class Trainer(TrainerState):
         "Take the best epoch, score the validation split once, write the numbers, predictions and the model."
         self.model.branch.load_state_dict(self.best_head)
         self.model.alpha = self.best["alpha"]
-        scores, usage = evaluate(self.model, self.loaders.evaluation("val"), self.runtime, self.alphas, "val")
+        scores, usage = score_model(self.model, self.loaders.evaluation("val"), self.runtime, self.alphas, "val")
         given = "was given" if self.config.model.alpha is not None else \
             f"was chosen by NLL on the selection split ({len(self.data.selection)} images cut from the training data)"
         metrics = {**report_metrics(scores, self.data.val, self.model.alpha, given), "objects": usage,
