@@ -181,7 +181,7 @@ class Forked:
     "The training command in one or several processes that are forked, not started; `patch` (a function and its arguments) is called in one or all first."
     def __init__(self, log, processes=1, patch=None, patch_rank=None, **options):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["llb.train"])
+        context.set_forkserver_preload(["llb.train", "llb.training.finetune", "llb.runs.cost"])
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]

@@ -81,7 +81,7 @@ def test_kill_at_random_steps(processes, workers, images, tmp_path, forked, want
 
 
 SAVING = [("pathlib:Path", "write_bytes", 4), ("os", "fsync", 5), ("pathlib:Path", "rename", 2), ("llb.training.trainer", "prune_checkpoints", 2),
-          ("llb.training.trainer", "save_predictions", 1), ("llb.training.trainer", "evaluate", 2), ("llb.training.trainer", "evaluate", 4)]
+          ("llb.training.trainer", "save_predictions", 1), ("llb.training.trainer", "score_model", 2), ("llb.training.trainer", "score_model", 4)]
 
 
 @pytest.mark.parametrize("owner,name,count", SAVING, ids=[f"{n}-{c}" for _, n, c in SAVING])
