@@ -19,10 +19,8 @@ from .models.llb import LLB
 from .runs.build import make_backbone, make_data, make_model
 from .runs.config import Config, parse_command
 from .runs.cost import config_cost, preview
-from .training.evaluate import evaluate, format_table, report_metrics
+from .training.evaluate import evaluate
 from .training.finetune import make_visual_model, VisualTrainer
-from .training.inputs import scoring_loader
-from .training.metrics import ALPHAS
 from .training.trainer import Trainer
 
 # %% ../nbs/90_train.ipynb #cc88300e
@@ -34,9 +32,9 @@ def train(
         if restarted() and run_on_main(lambda: any(config.run_folder.glob("*"))): config = config.but(resume=True, overwrite=False)
         data = make_data(config)
         torch.manual_seed(config.run.seed)
-        backbone = main_first(lambda: make_backbone(config, len(data.classes)))
+        backbone = main_first(lambda: make_backbone(config.model, len(data.classes)))
         visual = config.visual.objective == "visual"
-        model = (make_visual_model if visual else make_model)(config, backbone, len(data.classes))
+        model = make_visual_model(config.visual, backbone, len(data.classes)) if visual else make_model(config.model, backbone, len(data.classes))
         print_main(f"{len(data.train)} training, {len(data.selection)} selection and {len(data.val)} validation images of {len(data.classes)} classes; "
             f"{backbone.name} ({backbone.source}); {sum(p.numel() for p in model.branch.parameters()) / 1e6:.1f} M trained parameters; "
             f"{runtime.world_size} process(es) on {runtime.device.type}.")
@@ -53,12 +51,9 @@ def score(model:LLB, data:Data, config:Config, runtime:Runtime)->dict: # see `re
     if not config.model.nv_weights:
         if not trained.is_dir(): raise InputError(f"There is no trained model in {str(trained)!r} to evaluate; name one with --nv_weights.")
         model = LLB.from_pretrained(trained, backbone=model.backbone)
-    alpha = model.alpha if config.model.alpha is None else config.model.alpha
-    loader = scoring_loader(model.to(runtime.device), data.val, config, runtime)
-    scores, _ = evaluate(model, loader, runtime, tuple(sorted({*ALPHAS, alpha})))
-    metrics = report_metrics(scores, data.val, alpha, "is the model's own" if config.model.alpha is None else "was given")
-    print_main(format_table(metrics))
-    return metrics
+    found = evaluate(model, data, config.model.alpha, config, runtime)
+    print_main(str(found))
+    return found.metrics
 
 # %% ../nbs/90_train.ipynb #42e12995
 @record
