@@ -85,7 +85,7 @@ def to_png(
 # %% ../../nbs/6_plots/60_style.ipynb #20a75f26
 TEXT = dict(fontsize=SMALL, color=INK)
 TITLE = dict(fontsize=SMALL + 1, color=INK)      # of axes
-HEADING = dict(fontsize=SMALL + 3, color=INK)    # of a figure
+HEADING = dict(fontsize=SMALL + 2, color=INK)    # of a figure
 LEGEND = dict(fontsize=SMALL, title_fontsize=SMALL, frameon=False)
 
 def decorate(
