@@ -18,9 +18,9 @@ from ..analysis.catalog import Catalog, find_objects
 from ..analysis.effects import effects_of_run
 from ..analysis.index import index_run
 from ..analysis.usage import index_scores, summarise
-from .cards import object_card, results_html
+from .cards import object_card
 from .figures import figure_of_training, save_figure
-from .html import figure_html, render
+from .html import figure_html, render, results_html
 from ..core.console import print_main
 from ..core.errors import command, InputError
 from ..core.seeds import seed_from
