@@ -13,15 +13,16 @@ from sklearn.metrics import mutual_info_score
 from torch import nn
 from torch.utils.data import Dataset
 
-from llb.analysis.effects import (area, attribution, build_effects, class_effects, effects_of_run, faithfulness,
-                                  label_logits, mean_embedding, occlusion, open_effects)
-from llb.analysis.index import build_index, index_run, load_run, open_index
+from llb.analysis.build import build_index, index_run, index_scores, load_run
+from llb.analysis.effects import (area, attribution, build_effects, effects_of_run, faithfulness, label_logits,
+                                  mean_embedding, occlusion)
+from llb.analysis.index import open_effects, open_index
 from llb.analysis.similarity import match_objects, moved_pairs, similarity
-from llb.analysis.usage import (association, branch_agreement, exemplars, index_scores, object_table, partners,
-                                images_with, summarise)
+from llb.analysis.usage import (association, branch_agreement, class_effects, exemplars, images_with, object_table,
+                                partners, summarise)
 from llb.core.distributed import Runtime
 from llb.core.errors import InputError
-from llb.data.batches import EvalBatches, make_loader, ImageDataset
+from llb.data.batches import EvalBatches, ImageDataset, make_loader
 from llb.data.splits import load_data
 from llb.models.backbone import load_backbone
 from llb.models.llb import LLB

@@ -12,15 +12,16 @@ import torch
 from conftest import peak_memory
 from matplotlib.colors import to_rgb
 
+from llb.analysis.build import build_index
 from llb.analysis.effects import build_effects
-from llb.analysis.index import build_index, open_index
+from llb.analysis.index import open_index
 from llb.apps.catalog import (Catalog, cell_images, draw_class, elsewhere, find_objects, object_html, objects_of,
                               predictions)
 from llb.apps.explorer import Explorer
 from llb.apps.html import Album, gallery_page
 from llb.core.distributed import Runtime
 from llb.core.errors import InputError
-from llb.data.batches import EvalBatches, make_loader, ImageDataset
+from llb.data.batches import EvalBatches, ImageDataset, make_loader
 from llb.data.preprocessing import Preprocessing
 from llb.data.splits import load_data
 from llb.models.backbone import load_backbone
@@ -53,7 +54,7 @@ def index(model, tmp_path_factory):
 
 @pytest.fixture
 def explorer(index):
-    for path in index.rows.path.parent.parent.glob("notes-*"): path.unlink()
+    for path in index.folder.parent.glob("notes-*"): path.unlink()
     return Explorer(index)
 
 
@@ -202,7 +203,7 @@ def test_a_click_takes_less_than_200_ms_of_work(big):
 
 @pytest.mark.slow
 def test_a_catalog_of_50_000_images_is_small(big):
-    most, _ = peak_memory(lambda: Catalog(open_index(big.rows.path.parent)))
+    most, _ = peak_memory(lambda: Catalog(open_index(big.folder)))
     assert most < 500, most   # MB: tables of K x K and C x K, not of images; the two tables of logits alone have 400
 
 

@@ -16,13 +16,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..analysis.effects import class_effects
 from ..analysis.exemplars import Exemplars, random_keys
 from ..analysis.index import ObjectIndex
-from ..analysis.usage import (association, branch_agreement, exemplars, fused_probabilities, object_table, partners,
+from ..analysis.usage import (association, branch_agreement, class_effects, exemplars, fused_probabilities, object_table, partners,
                                 images_with)
 from .html import Album, ROWS, safe, table_html, tiles_of
-from ..core.arrays import Rows
+from ..core.arrays import ArrayStore
 from ..core.errors import InputError
 from ..core.files import read_json, write_json
 from ..plots.charts import ranked_bars
@@ -66,7 +65,7 @@ class Catalog:
     "An index, what was measured beside it, and what somebody noted."
     def __init__(self,
         index:ObjectIndex,
-        effects:Rows|None=None,  # see `build_effects`
+        effects:ArrayStore|None=None,  # see `build_effects`
         notes:Notes|None=None,
         name:str="model",        # of the run
         chosen:str=""            # where alpha comes from, in words

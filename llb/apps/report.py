@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
 from ..analysis.effects import effects_of_run
-from ..analysis.index import index_run
-from ..analysis.usage import association, index_scores, summarise
+from ..analysis.build import index_run, index_scores
+from ..analysis.usage import association, summarise
 from .catalog import Catalog, classes_of, find_objects
 from .html import object_card, page_html, figure_html, safe, table_html
 from ..core.console import print_main
