@@ -79,7 +79,7 @@ def make_step(name, device, batch=8, image=224, objects=2048, layers=6, backbone
         model = PlainLLB(image=image, objects=objects, layers=layers).to(place)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], config.optim.lr, weight_decay=config.optim.weight_decay)
         return lambda: plain_step(model, optimizer, images, labels, amp=place.type == "cuda"), gflops
-    model = make_model(config, make_backbone(config, CLASSES), CLASSES).to(place).train()
+    model = make_model(config.model, make_backbone(config.model, CLASSES), CLASSES).to(place).train()
     step = TrainStep(model, config, Runtime(place, amp=config.run.amp))
     data = {"image": images, "label": labels, "index": torch.arange(batch)}
     if variant.get("cached"):
@@ -137,12 +137,11 @@ def make_dataset(name, folder):
     from llb.data.preprocessing import Preprocessing
     from llb.data.batches import ImageDataset; from llb.data.images import scan_folder
     from llb.data.preprocessing import Geometry; from llb.data.image_cache import StoredImages, build_images
-    from llb.core.distributed import Runtime, pick_device
     images, geometry = scan_folder(folder), Preprocessing((224, 224), (.485, .456, .406), (.229, .224, .225), "bilinear", 224 / 256)
     if name == "plain": return PlainImages(images, plain_transform())
     if name == "oracle": return ImageDataset(images, geometry.transform(train=True))
     if not name.startswith("store"): return StoredImages(images, Geometry(geometry), RandAugment())
-    store = build_images(images, geometry, Runtime(pick_device("cpu")), Path(folder).parent / "stores" / str(os.getpid()))
+    store = build_images(images, geometry, Path(folder).parent / "stores" / str(os.getpid()))
     return StoredImages(images, store, RandAugment())
 
 
@@ -321,7 +320,7 @@ def ddp_rank(args):
     with start_runtime(args.device) as runtime:
         torch.manual_seed(0)
         config = Config.of(**{**MODEL, "batch_size": 4})
-        step = TrainStep(make_model(config, make_backbone(config, CLASSES), CLASSES).to(runtime.device).train(), config, runtime)
+        step = TrainStep(make_model(config.model, make_backbone(config.model, CLASSES), CLASSES).to(runtime.device).train(), config, runtime)
         batch = {"image": torch.randn(4, 3, 224, 224, device=runtime.device), "label": torch.arange(4, device=runtime.device), "index": torch.arange(4)}
         gradient, exchange = torch.zeros(sum(p.numel() for p in step.model.branch.parameters()), device=runtime.device), step.exchange
         alone = lambda last: step.branch.no_sync() if runtime.world_size > 1 else nullcontext()

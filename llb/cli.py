@@ -16,7 +16,7 @@ from .core.errors import command
 COMMANDS = {  # name: (module and function that takes the words after it, what it does)
     "train": ("llb.train:main", "train LLB on a frozen backbone (also: torchrun -m llb.train)"),
     "check-data": ("llb.cli:check_data", "read every image a training run would read"),
-    "launch": ("llb.runs.processes:main", "start, list, look at and stop runs that go on by themselves"),
+    "launch": ("llb.runs.launch:main", "start, list, look at and stop runs that go on by themselves"),
     "report": ("llb.apps.report:main", "write the report of a finished run"),
     "recipes": ("llb.cli:recipes", "list the paper's systems as recipes, with their cost"),
     "fetch": ("llb.models.weights:main", "fetch the embedded backbone into the cache"),

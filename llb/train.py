@@ -34,9 +34,9 @@ def train(
         if restarted() and run_on_main(lambda: any(config.run_folder.glob("*"))): config = config.but(resume=True, overwrite=False)
         data = make_data(config)
         torch.manual_seed(config.run.seed)
-        backbone = main_first(lambda: make_backbone(config, len(data.classes)))
+        backbone = main_first(lambda: make_backbone(config.model, len(data.classes)))
         visual = config.visual.objective == "visual"
-        model = (make_visual_model if visual else make_model)(config, backbone, len(data.classes))
+        model = make_visual_model(config.visual, backbone, len(data.classes)) if visual else make_model(config.model, backbone, len(data.classes))
         print_main(f"{len(data.train)} training, {len(data.selection)} selection and {len(data.val)} validation images of {len(data.classes)} classes; "
             f"{backbone.name} ({backbone.source}); {sum(p.numel() for p in model.branch.parameters()) / 1e6:.1f} M trained parameters; "
             f"{runtime.world_size} process(es) on {runtime.device.type}.")

@@ -280,7 +280,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
 
 def test_a_run_is_indexed_once_and_again_when_its_model_changes(tmp_path):
     config = Config.of(image_size=28, num_objects=5, num_layers=2, workers=0)
-    model = make_model(config, make_backbone(config, C), C)
+    model = make_model(config.model, make_backbone(config.model, C), C)
     def write():
         model.save_pretrained(tmp_path / "model")
         (tmp_path / "config.json").write_text(json.dumps({"config": config.to_dict()}))

@@ -130,7 +130,7 @@ def test_kill_during_the_write(step, folder):
     assert len(rows) > 8 and [int(r[1]) for r in rows] == [-signal.SIGKILL] * (len(rows) - 1) + [0]
     assert all(int(r[2]) in (30, step) for r in rows)          # never less than what there was
     assert rows[0][3] == "False" and rows[-1][3] == "True" and int(rows[-1][2]) == step
-    prune_checkpoints(folder, keep={10})
+    prune_checkpoints(folder, keep={10, step})
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000010", f"step-{step:08d}"]   # nothing half-written stays
 
 

@@ -15,21 +15,21 @@ from llb.runs.release_flags import translate
 
 ROOT = Path(__file__).parent.parent
 
-OURS = set("""alpha amp augment backbone batch_size cache checkpoint class_num clip_grad data_dir dataset decay_all device diversity_weight drop_path
+OURS = set("""alpha amp augment backbone batch_size cache checkpoint num_classes clip_grad data_dir dataset decay_all device diversity_weight drop_path
 epochs eval gamma image_size local_diversity log_every loggers lr lr_min lr_scheduler micro_batches milestones momentum name num_layers num_objects nv_weights
 objective opt overwrite random_backbone resume save save_dir save_every seed selection_fraction skip_unreadable step_size t_max target_layer temperature timeout
 visual_lr warmup_epochs weight_decay workers""".split())
 
 RELEASE = {  # the release's flag, as typed: what it sets here, or None where it describes what is always done
     "--device cpu": {"device": "cpu"}, "--seed 3": {"seed": 3}, "--start_epoch 0": None, "--epochs 7": {"epochs": 7}, "--loss cross_entropy": None,
-    "--opt sgd": {"opt": "SGD"}, "--lr 0.01": {"lr": 0.01}, "--momentum 0.8": {"momentum": 0.8}, "--wd 0.1": {"weight_decay": 0.1},
-    "--weight_decay 0.1": {"weight_decay": 0.1}, "--lr_scheduler steplr": {"lr_scheduler": "StepLR"}, "--lr_step 4": {"step_size": 4},
-    "--lr_scheduler multisteplr --lr_steps 1 2": {"lr_scheduler": "MultiStepLR", "milestones": (1, 2)}, "--lr_gamma 0.5": {"gamma": 0.5},
+    "--opt sgd": {"opt": "SGD"}, "--lr 0.01": {"lr": 0.01}, "--opt sgd --momentum 0.8": {"opt": "SGD", "momentum": 0.8}, "--wd 0.1": {"weight_decay": 0.1},
+    "--weight_decay 0.1": {"weight_decay": 0.1}, "--lr_scheduler steplr": {"lr_scheduler": "StepLR"}, "--lr_scheduler steplr --lr_step 4": {"lr_scheduler": "StepLR", "step_size": 4},
+    "--lr_scheduler multisteplr --lr_steps 1 2": {"lr_scheduler": "MultiStepLR", "milestones": (1, 2)}, "--lr_scheduler steplr --lr_gamma 0.5": {"lr_scheduler": "StepLR", "gamma": 0.5},
     "--warmup": {"warmup_epochs": 2}, "--t_max 10": {"t_max": 10}, "--eta_min 0.00005": {"lr_min": 0.00005}, "--last_epoch -1": None,
     "--save_dir out": {"save_dir": "out"}, "--save": {"save": True}, "--resume True": {"resume": True}, "--resume False": {"resume": False},
     "--test-only": {"eval": True}, "--eval": {"eval": True}, "--method mae_in1k_ft_in1k --vit_size LARGE": {"backbone": "mae_in1k_ft_in1k/Large"},
     "--amp": {"amp": True}, "--encoder ViT": None, "--transfer": None, "--encoder_weight w.pth": {"checkpoint": "w.pth"}, "--dist-url env://": None,
-    "--dataset imageet": {"dataset": "imageet"}, "--data_dir d": {"data_dir": "d"}, "--class_num 5": {"class_num": 5}, "-b 8": {"batch_size": 8},
+    "--dataset imageet": {"dataset": "imageet"}, "--data_dir d": {"data_dir": "d"}, "--class_num 5": {"num_classes": 5}, "-b 8": {"batch_size": 8},
     "--batch_size 8": {"batch_size": 8}, "--num_workers 1": {"workers": 1}, "--norm": None, "--vit_resolution 384": {"image_size": 384},
     "--vit_ft False": None, "--object_size 9": {"num_objects": 9}, "--num_nvit_layers 4": {"num_layers": 4}, "--target_layer 9": {"target_layer": 9},
     "--initialize xavier": None, "--train_emb": None, "--nv_weights x": {"nv_weights": "x"}, "--freeze": None, "--alpha 0.8": {"alpha": 0.8},

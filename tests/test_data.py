@@ -134,7 +134,7 @@ def test_empty_folder(tmp_path):
 
 def test_class_count(images):
     check_labels(load_data(images).train, 3)
-    with pytest.raises(InputError, match="has 3 classes, but 4 are expected"): make_data(Config.of(dataset="ImageFolder", data_dir=str(images), class_num=4))
+    with pytest.raises(InputError, match="has 3 classes, but 4 are expected"): make_data(Config.of(dataset="ImageFolder", data_dir=str(images), num_classes=4))
 
 
 @pytest.mark.parametrize("hidden", ["", "circle", "circle/more"])

@@ -45,7 +45,7 @@ def imagenet(root, classes, each=4):
 
 @pytest.mark.parametrize("name", ["ImageNet", "imageet", "IMAGENET"])
 def test_imagenet_part(tmp_path, name):
-    data = load_dataset(name, imagenet(tmp_path, SYNSETS[:5]), class_num=5)
+    data = load_dataset(name, imagenet(tmp_path, SYNSETS[:5]), num_classes=5)
     assert data.classes == tuple(SYNSETS[:5]) and all(f.split("/")[1] == SYNSETS[y] for f, y in everything(data).items())
     assert (len(data.train) + len(data.selection), len(data.val)) == (20, 5)
 
@@ -59,11 +59,11 @@ def test_imagenet_whole_count_and_official_index(tmp_path, capsys):
     (root / "train" / SYNSETS[3]).rename(root / "train" / "n99999999")
     (root / "val" / SYNSETS[3]).rename(root / "val" / "n99999999")
     with pytest.raises(InputError, match="n99999999"): load_dataset("ImageNet", root)
-    with pytest.raises(InputError, match="1000 classes, but 7"): load_dataset("ImageNet", imagenet(tmp_path / "b", SYNSETS, each=1), class_num=7)
+    with pytest.raises(InputError, match="1000 classes, but 7"): load_dataset("ImageNet", imagenet(tmp_path / "b", SYNSETS, each=1), num_classes=7)
 
 
 def test_numeric_folders_sort_as_numbers(tmp_path):
-    data = load_dataset("imagenet", imagenet(tmp_path, [str(i) for i in range(12)]), class_num=12)
+    data = load_dataset("imagenet", imagenet(tmp_path, [str(i) for i in range(12)]), num_classes=12)
     assert data.classes == tuple(str(i) for i in range(12)) and everything(data)["train/10/10_0.JPEG"] == 10
 
 
@@ -74,9 +74,9 @@ def test_imagenet_refuses(tmp_path):
     with pytest.raises(InputError, match="no folder"): load_dataset("ImageNet", tmp_path / "nowhere")
     with pytest.raises(InputError, match="no folder"): load_dataset("ImageNet", root / "train")
     flat = tree(tmp_path / "b", f"train/{SYNSETS[0]}/1.JPEG", f"train/{SYNSETS[1]}/1.JPEG", "val/ILSVRC2012_val_00000001.JPEG")
-    with pytest.raises(InputError, match="sorted into one folder a class"): load_dataset("ImageNet", flat, class_num=2)
+    with pytest.raises(InputError, match="sorted into one folder a class"): load_dataset("ImageNet", flat, num_classes=2)
     (root / "train" / SYNSETS[7]).mkdir()
-    with pytest.raises(InputError, match="hold no image"): load_dataset("ImageNet", root, class_num=4)
+    with pytest.raises(InputError, match="hold no image"): load_dataset("ImageNet", root, num_classes=4)
 
 
 # Places365
@@ -89,7 +89,7 @@ PLACES = ["desert/sand", "desert/vegetation", "desert_road", "field/cultivated",
 def test_places_folders(tmp_path, name, joint):
     folders = [p.replace("/", joint) for p in PLACES]
     root = tree(tmp_path, *(f"{s}/{c}/{i}.jpg" for s in ("train", "val") for c in random.Random(0).sample(folders, 7) for i in range(4)))
-    data = load_dataset(name, root, class_num=7)
+    data = load_dataset(name, root, num_classes=7)
     assert list(data.classes) == folders and all(f.split("/")[1] == folders[y] for f, y in everything(data).items())
 
 
@@ -109,7 +109,7 @@ def lists(root, train_folder="data_256_standard", val_folder="val_256"):
 @pytest.mark.parametrize("ending", ["", "_standard"])
 def test_places_lists(tmp_path, size, ending):
     root, wanted = lists(tmp_path, f"data_{size}{ending}", f"val_{size}")
-    data = load_dataset("Places365", root, class_num=7)
+    data = load_dataset("Places365", root, num_classes=7)
     assert everything(data) == wanted and data.classes == tuple(p.replace("/", "-") for p in PLACES)
     assert len(data.val) == 14 and set(data.train.labels) == set(range(7))
 
@@ -118,14 +118,14 @@ def test_places_refuses(tmp_path, capsys):
     root, _ = lists(tmp_path / "a")
     with pytest.raises(InputError, match="7 classes, but 365"): load_dataset("Places365", root)
     (root / "val_256" / "Places365_val_00000003.jpg").unlink()
-    with pytest.raises(InputError, match="1 of 14 listed .*Places365_val_00000003.jpg"): load_dataset("Places365", root, class_num=7)
+    with pytest.raises(InputError, match="1 of 14 listed .*Places365_val_00000003.jpg"): load_dataset("Places365", root, num_classes=7)
     (root / "val_256").rename(root / "val_large")
-    with pytest.raises(InputError, match="none of the folders val_256"): load_dataset("Places365", root, class_num=7)
+    with pytest.raises(InputError, match="none of the folders val_256"): load_dataset("Places365", root, num_classes=7)
     (root / "places365_val.txt").unlink()
-    with pytest.raises(InputError, match="no places365_val.txt"): load_dataset("Places365", root, class_num=7)
+    with pytest.raises(InputError, match="no places365_val.txt"): load_dataset("Places365", root, num_classes=7)
     with pytest.raises(InputError, match="is no Places365"): load_dataset("Places365", tmp_path)
     letters = tree(tmp_path / "b", *(f"{s}/{p[0]}/{p}/1.jpg" for s in ("train", "val") for p in PLACES))
-    with pytest.raises(InputError, match="folder for each initial"): load_dataset("Places365", letters, class_num=7)
+    with pytest.raises(InputError, match="folder for each initial"): load_dataset("Places365", letters, num_classes=7)
     other = tree(tmp_path / "c", *(f"{s}/place{i:03d}/1.jpg" for s in ("train", "val") for i in range(365)))
     assert len(load_dataset("Places365", other).classes) == 365
     assert "not named as those of Places365" in capsys.readouterr().out
@@ -152,7 +152,7 @@ def inat(root, n=6, **changes):
 
 @pytest.mark.parametrize("name", ["iNat18", "inat18", "iNaturalist"])
 def test_inat_joins_on_the_image_id(tmp_path, name):
-    data = load_dataset(name, inat(tmp_path), class_num=6)
+    data = load_dataset(name, inat(tmp_path), num_classes=6)
     assert all(int(f.split("/")[2]) == y for f, y in everything(data).items()) and len(everything(data)) == 48
     assert data.classes == tuple(f"species {y}" for y in range(6))
 
@@ -178,28 +178,28 @@ def test_inat_all_categories(tmp_path):
     ("no images, annotations and categories", dict(images=lambda a: 7)),
 ])
 def test_inat_refuses(tmp_path, message, changes):
-    with pytest.raises(InputError, match=message): load_dataset("iNat18", inat(tmp_path, **changes), class_num=6)
+    with pytest.raises(InputError, match=message): load_dataset("iNat18", inat(tmp_path, **changes), num_classes=6)
 
 
 def test_inat_wrong_count_and_missing_files(tmp_path):
     root = inat(tmp_path)
     with pytest.raises(InputError, match="6 classes, but 8142"): load_dataset("iNat18", root)
     (root / "val2018.json").unlink()
-    with pytest.raises(InputError, match="no val2018.json"): load_dataset("iNat18", root, class_num=6)
+    with pytest.raises(InputError, match="no val2018.json"): load_dataset("iNat18", root, num_classes=6)
 
 
 # all
 
 def test_grey_images_come_out_in_colour(tmp_path):
     root = tree(tmp_path, *(f"{s}/{c}/{i}.jpg" for s in ("train", "val") for c in SYNSETS[:2] for i in range(4)), mode="L")
-    data = load_dataset("ImageNet", root, class_num=2)
+    data = load_dataset("ImageNet", root, num_classes=2)
     with Image.open(root / data.train.files[0]) as raw: assert raw.mode == "L"
     assert data.train.open(0).mode == "RGB"
 
 
 def test_other_names(tmp_path):
-    assert len(load_dataset("openclipart").classes) == 14 == len(load_dataset("OpenClipart", class_num=14).classes)
-    with pytest.raises(InputError, match="14 classes, but 3"): load_dataset("openclipart", class_num=3)
+    assert len(load_dataset("openclipart").classes) == 14 == len(load_dataset("OpenClipart", num_classes=14).classes)
+    with pytest.raises(InputError, match="14 classes, but 3"): load_dataset("openclipart", num_classes=3)
     with pytest.raises(InputError, match="Unknown data set 'cifar10'"): load_dataset("cifar10")
     assert load_dataset("imagefolder", imagenet(tmp_path, ["b", "a"])).classes == ("a", "b")
 
@@ -240,7 +240,7 @@ def test_real_is_not_reported_for_other_names(tmp_path):
 
 def test_real_is_reported_for_a_part(tmp_path):
     root = imagenet(tmp_path, SYNSETS[:8])
-    val = load_dataset("ImageNet", root, class_num=8).val
+    val = load_dataset("ImageNet", root, num_classes=8).val
     labels = json.loads((files("timm.data") / "_info" / "imagenet_real_labels.json").read_text())
     metrics = report_metrics(scores_of(torch.eye(8)[list(val.labels)] * 9, np.array(val.labels)), val, .5, "given")
     numbers = [int(f[-13:-5]) - 1 for f in val.files]

@@ -15,8 +15,9 @@ import pytest
 from llb.core.errors import InputError
 from llb.core.files import write_json
 from llb.runs.config import Config
+from llb.runs.launch import main
 from llb.runs.launchers import MARK, Slurm
-from llb.runs.processes import attach, main, Run, runs, STAGES, start
+from llb.runs.processes import attach, Run, runs, STAGES, start
 
 pytestmark = pytest.mark.slow
 TINY = dict(backbone="test_vit.r160_in1k", random_backbone=True, image_size=32, num_objects=8, num_layers=2, target_layer=2, epochs=2000, batch_size=64,
@@ -54,7 +55,7 @@ def config(tmp_path):
     """A configuration; whatever was started under its save_dir is killed afterwards."""
     yield Config.of(**TINY, save_dir=str(tmp_path / "runs"), name="one")
     for run in runs(tmp_path / "runs"):
-        if run.visible and run.record["launcher"] == "torchrun": run.stop(grace=0)
+        if run.visible and run.launch_info["launcher"] == "torchrun": run.stop(grace=0)
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_no_worker_outlives_its_agent(config, nproc):
     run = at_work(start(config.but(workers=1, cache=False), nproc=nproc))
     pids = [p.pid for p in run.processes()]
     assert len(pids) >= 1 + 2 * nproc, "the agent, the workers, and their loaders"
-    os.kill(run.record["agent"]["pid"], signal.SIGKILL)
+    os.kill(run.launch_info["agent"], signal.SIGKILL)
     until(lambda: all(map(gone, pids)), "workers to end with their agent", 20)
     assert run.wait(10).name == "failed" and not run.stop().live
     no_process_of(run)
@@ -198,7 +199,7 @@ def test_a_process_with_a_reused_id_is_not_ours(config):
     launch.mkdir(parents=True)
     other = subprocess.Popen(["sleep", "60"])
     try:
-        record = {"launcher": "torchrun", "mark": "old", "nproc": 1, "agent": {"pid": other.pid, "started": "1"}, "host": os.uname().nodename, "began": time.time()}
+        record = {"launcher": "torchrun", "mark": "old", "nproc": 1, "agent": other.pid, "host": os.uname().nodename, "began": time.time()}
         write_json(launch / "proc.json", record)
         run = attach(config.run_folder)
         assert run.state.name == "failed" and not run.stop().live and other.poll() is None
@@ -208,7 +209,7 @@ def test_a_process_with_a_reused_id_is_not_ours(config):
 def test_a_run_of_another_machine_is_read_from_its_folder(config):
     launch = config.run_folder / "launch/001"
     launch.mkdir(parents=True)
-    write_json(launch / "proc.json", {"launcher": "torchrun", "mark": "m", "nproc": 1, "agent": {"pid": 1, "started": "1"}, "host": "elsewhere", "began": 0})
+    write_json(launch / "proc.json", {"launcher": "torchrun", "mark": "m", "nproc": 1, "agent": 1, "host": "elsewhere", "began": 0})
     events = config.run_folder / "events.jsonl"
     events.write_text(json.dumps({"kind": "start", "time": time.time() - 5, "step": 0, "per_epoch": 10, "epochs": 2}) + "\n")
     run = attach(config.run_folder)
@@ -250,7 +251,7 @@ def cluster(tmp_path, monkeypatch):
 
 def test_slurm_job_saves_before_its_limit_and_asks_for_another_turn(config, cluster):
     run = start(config, launcher=Slurm(gpus=2))
-    assert run.record["job"] == "4711"
+    assert run.launch_info["job"] == "4711"
     at_work(run)
     os.kill(int((cluster / "job.pid").read_text()), signal.SIGUSR1)   # the time limit is near
     until(lambda: not run.state.live, "the job to end")
@@ -266,4 +267,4 @@ def test_slurm_job_saves_before_its_limit_and_asks_for_another_turn(config, clus
 
 def test_slurm_is_named_where_it_is_missing(config):
     with pytest.raises(InputError, match="job.sbatch"): start(config, launcher=Slurm())
-    assert not Run(config.run_folder).record and MARK not in os.environ
+    assert not Run(config.run_folder).launch_info and MARK not in os.environ

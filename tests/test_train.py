@@ -80,7 +80,7 @@ def test_cache(images, tmp_path, forked, monkeypatch):
     for name, options in runs.items():
         run = forked(data_dir=images, save_dir=tmp_path, name=name, augment="none", opt="SGD", lr=.01, patch=(set_cache, str(tmp_path / "cache")), **options)
         assert run.finish() == [0], run.text
-        assert ("Caching" in run.text) == (name == "cached")   # the second one finds it
+        assert ("Building the token cache" in run.text) == (name == "cached")   # the second one finds it
     first, cached, again = (parameters(tmp_path / n) for n in runs)
     assert equal(cached, again) and not equal(first, cached)
     start = max(float(v.abs().max()) for v in first.values())
@@ -122,7 +122,7 @@ BAD = {
     "empty folder": (dict(data_dir="empty"), "0 images"),
     "one class": (dict(data_dir="one"), "at least 2 classes"),
     "no folder": (dict(data_dir="nowhere"), "nowhere", "--data_dir"),
-    "class count": (dict(class_num=4), "3 classes", "4"),
+    "class count": (dict(num_classes=4), "3 classes", "4"),
     "unwritable": (dict(save_dir="file"), "cannot be written", "--save_dir"),
     "no run": (dict(resume=True, name="nothing"), "no run to resume", "without --resume"),
     "resume and overwrite": (dict(resume=True, overwrite=True), "resume"),

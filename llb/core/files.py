@@ -43,7 +43,10 @@ def _rename_over(made:Path, path:Path):
     if not (made.is_dir() and path.exists()): return os.replace(made, path)
     aside = made.with_suffix(".old")
     os.replace(path, aside)
-    os.replace(made, path)
+    try: os.replace(made, path)
+    except OSError:
+        os.replace(aside, path)
+        raise
     _remove(aside)
 
 # %% ../../nbs/0_core/04_files.ipynb #ccb7d960

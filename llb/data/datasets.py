@@ -193,7 +193,7 @@ def dataset_name(
 def load_dataset(
     name:str,                      # ImageNet, Places365, iNat18, ImageFolder or openclipart, in any case
     data_dir:str|Path|None=None,   # its folder; only openclipart can do without
-    class_num:int|None=None,       # the classes expected; None for the official number, where there is one
+    num_classes:int|None=None,       # the classes expected; None for the official number, where there is one
     selection_fraction:float=0.15, # cut from the training images
     seed:int=0                     # of that cut
 )->Data:
@@ -205,12 +205,12 @@ def load_dataset(
     else:
         if not root.is_dir(): raise InputError(f"There is no folder {str(root)!r}; --data_dir must name the folder that holds {official.name}.")
         train, val = official.read(root)
-        check_labels(train, class_num or official.num_classes)
-        if class_num is None and (len(train), len(val)) != (official.train, official.val):
+        check_labels(train, num_classes or official.num_classes)
+        if num_classes is None and (len(train), len(val)) != (official.train, official.val):
             print_main(f"{root} holds {len(train):,} training and {len(val):,} validation images; all of {official.name} is "
                 f"{official.train:,} and {official.val:,}.")
         data = make_splits(train, val, selection_fraction, seed)
-    check_labels(data.train, class_num)
+    check_labels(data.train, num_classes)
     return data
 
 # %% ../../nbs/1_data/12_datasets.ipynb #5b951548

@@ -50,7 +50,7 @@ class Data:
 def check_labels(images:ImageList, expected:int|None):
     "Raise `InputError` when a data set does not have the classes a model or a flag expects."
     if expected and len(images.classes) != expected:
-        raise InputError(f"{images.root} has {len(images.classes)} classes, but {expected} are expected (by --class_num, the data set "
+        raise InputError(f"{images.root} has {len(images.classes)} classes, but {expected} are expected (by --num_classes, the data set "
                          "or the checkpoint).")
 
 def make_splits(

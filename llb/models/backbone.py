@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ..core.console import print_main
 from ..core.errors import InputError
 from ..core.files import cache_dir
-from .weights import (content_hash, convert_focus, fetch, FOCUS_NAME, FOCUS_SHA256, focus_weights,
+from .weights import (content_hash, convert_focus, fetch, FOCUS_SHA256, focus_weights,
                                 layout_of, read_state_dict, StateDict, to_timm)
-from .zoo import FAMILIES, find_method, how_to_make, Method, METHODS
+from .zoo import FAMILIES, find_method, FOCUS_NAME, how_to_make, Method, METHODS
 from ..data.preprocessing import Preprocessing
 
 # %% ../../nbs/2_models/22_backbone.ipynb #a8958fd4

@@ -16,49 +16,66 @@ from ..data.unreadable import refuse_unreadable, without_unreadable
 from ..models.backbone import Backbone, load_backbone
 from ..models.llb import LLB
 from ..models.release import load_reference_checkpoint
-from .config import Config
+from .config import Config, ModelConfig
 
 # %% ../../nbs/3_runs/32_build.ipynb #29461f24
 def list_data(
     config:Config
 )->Data:
     "The three splits a configuration names, readable or not. Raises `InputError` for missing or unsuitable folders."
-    return load_dataset(config.data.dataset, config.data.data_dir, config.data.class_num, config.data.selection_fraction, config.run.seed)
+    data = config.data
+    return load_dataset(data.dataset, data.data_dir, data.num_classes, data.selection_fraction, config.run.seed)
 
 def make_data(
     config:Config
 )->Data:
     "The same, without images known to be unreadable: they are refused with `InputError`, or left out where that was asked for."
     data = list_data(config)
-    if config.data.skip_unreadable:
-        data, reasons = without_unreadable(data)
-        print_main("\n".join([f"Left out {len(reasons)} unreadable images:", *reasons]) if reasons else "All images can be read.")
-    else: refuse_unreadable(data)
+    if not config.data.skip_unreadable:
+        refuse_unreadable(data)
+        return data
+    data, reasons = without_unreadable(data)
+    lines = [f"Left out {len(reasons)} unreadable images:", *reasons] if reasons else ["All images can be read."]
+    print_main("\n".join(lines))
     return data
 
-def make_backbone(config:Config, num_classes:int)->Backbone:
-    "The frozen backbone a configuration names; a random one is announced."
-    if config.model.random_backbone: print_main("WARNING: --random_backbone: the backbone is randomly initialised and knows nothing; its numbers mean nothing.")
-    backbone = load_backbone(config.model.backbone, config.model.checkpoint, num_classes, config.model.image_size, pretrained=not config.model.random_backbone)
-    return backbone.to_bfloat16() if config.model.backbone_dtype == "bfloat16" else backbone
+# %% ../../nbs/3_runs/32_build.ipynb #3153e60b
+def make_backbone(
+    config:ModelConfig,
+    num_classes:int      # C; a backbone whose head has as many keeps it
+)->Backbone:
+    "The frozen backbone a configuration names; a random one is announced. Raises `InputError` when it cannot be had."
+    if config.random_backbone:
+        print_main("WARNING: --random_backbone: the backbone is randomly initialised and knows nothing; its numbers mean nothing.")
+    backbone = load_backbone(config.backbone, config.checkpoint, num_classes, config.image_size, pretrained=not config.random_backbone)
+    return backbone.to_bfloat16() if config.backbone_dtype == "bfloat16" else backbone
 
-def make_model(config:Config, backbone:Backbone, num_classes:int)->LLB:
+def make_model(
+    config:ModelConfig,
+    backbone:Backbone,
+    num_classes:int      # C
+)->LLB: # in eval mode
     "The model a configuration describes, freshly initialised from torch's global seed."
-    model = LLB(backbone, config.model.num_objects, config.model.num_layers, config.model.target_layer, 0.5 if config.model.alpha is None else config.model.alpha,
-                config.model.temperature, num_classes, config.model.drop_path)
-    if config.model.nv_weights: load_trained(model, config.model.nv_weights)
-    return model
+    alpha = 0.5 if config.alpha is None else config.alpha   # the trainer chooses another
+    model = LLB(backbone, config.num_objects, config.num_layers, config.target_layer, alpha, config.temperature, num_classes,
+                config.drop_path)
+    if config.nv_weights: load_trained(model, config.nv_weights)
+    return model.eval()
 
+# %% ../../nbs/3_runs/32_build.ipynb #5e6c2e40
 def load_trained(
     model:LLB,     # takes the weights
     source:str     # a folder or repository of save_pretrained, or a checkpoint file of the release
 ):
-    "Copy a trained head into a model. Raises `InputError` when it was trained on another backbone or has another shape."
+    "Copy a trained branch into a model. Raises `InputError` when it was trained on another backbone or has another shape."
+    backbone = model.backbone
     if Path(source).is_file():
-        trained = load_reference_checkpoint(source, num_heads=model.backbone.num_heads, target_layer=model.target_layer,
-                                            alpha=model.alpha, temperature=model.settings["temperature"])
-        if trained.backbone.content_hash() != model.backbone.content_hash():
-            raise InputError(f"{source} was trained on another backbone ({trained.backbone.content_hash()}) than {model.backbone.name} ({model.backbone.content_hash()}).")
-    else: trained = LLB.from_pretrained(source, backbone=model.backbone)
+        trained = load_reference_checkpoint(source, num_heads=backbone.num_heads, target_layer=model.target_layer, alpha=model.alpha,
+                                            temperature=model.settings["temperature"])
+        found, wanted = trained.backbone.content_hash(), backbone.content_hash()
+        if found != wanted:
+            raise InputError(f"{source} was trained on another backbone ({found}) than {backbone.name} ({wanted}).")
+    else: trained = LLB.from_pretrained(source, backbone=backbone)
     try: model.branch.load_state_dict(trained.branch.state_dict())
-    except RuntimeError as e: raise InputError(f"{source} holds an LLB of another shape: {' '.join(str(e).split())[:300]}") from e
+    except RuntimeError as e:
+        raise InputError(f"{source} holds an LLB of another shape: {' '.join(str(e).split())[:300]}") from e

@@ -19,7 +19,7 @@ from .config import Config
 from ..models.zoo import find_method
 from ..models.llb import LLB
 from ..models.objects import COMPACT
-from ..models.weights import FOCUS_NAME
+from ..models.zoo import FOCUS_NAME
 
 # %% ../../nbs/3_runs/33_cost.ipynb #f7eceb09
 from .config import RECIPES

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAUNCH', 'check_folder', 'prepare_folder', 'EventLog', 'tail_events', 'without_undone', 'read_events', 'environment',
-           'describe_data', 'check_resumable', 'RunWriter', 'RunReader']
+           'describe_data', 'check_resumable', 'RunWriter', 'read_object', 'RunReader']
 
 # %% ../../nbs/3_runs/36_folder.ipynb #3deb088a
 import json, os, platform, shutil, subprocess, tempfile, threading, time
@@ -22,7 +22,7 @@ from ..data.splits import Data
 from ..models.llb import describe_backbone, LLB
 from .build import make_data
 from .checkpoints import load_newest, prune_checkpoints, save_checkpoint
-from .config import Config
+from .config import Config, RESUME_FREE
 from .loggers import make_loggers, numbers
 
 # %% ../../nbs/3_runs/36_folder.ipynb #b8e90c75
@@ -159,9 +159,6 @@ def describe_data(data:Data)->dict: # JSON-able
     return {"classes": list(data.classes), "splits": splits, "train_names": data.train.fingerprint(sizes=False)}
 
 # %% ../../nbs/3_runs/36_folder.ipynb #0a928b1f
-_FREE_ON_RESUME = {"resume", "overwrite", "epochs", "device", "workers", "save_dir", "name", "save", "save_every",
-                   "timeout", "micro_batches", "log_every", "batch_size", "loggers", "cache_images"}
-
 def check_resumable(
     saved:dict,      # a checkpoint
     config:Config,
@@ -171,7 +168,7 @@ def check_resumable(
     new, unset = (json.loads(json.dumps(c.to_dict())) for c in (config, Config()))   # tuples become lists
     before = {**unset, **saved["config"]}   # an option that did not exist yet had its default
     changed = [f"{name} {before[name]!r} -> {value!r}" for name, value in new.items()
-               if name not in _FREE_ON_RESUME and before[name] != value]
+               if name not in RESUME_FREE and before[name] != value]
     if changed:
         raise InputError(f"The run was started with other settings ({'; '.join(changed)}); resume it with its own, "
                          "or start another.")
@@ -193,7 +190,7 @@ class _Checkpoints:
             save_checkpoint(self.folder / "checkpoints", step, state)
             every = self.config.run.save_every
             kept = {h["step"] for h in state["history"] if every and h["epoch"] % every == 0}
-            prune_checkpoints(self.folder / "checkpoints", kept | ({best_step} - {None}))
+            prune_checkpoints(self.folder / "checkpoints", kept | {step, best_step} - {None})
         if self.config.run.save: run_on_main(write)
 
     def restore(self)->dict|None:
@@ -240,7 +237,7 @@ class RunWriter(_Checkpoints):
         for logger in self.loggers: logger.close()
 
 # %% ../../nbs/3_runs/36_folder.ipynb #1a7f0c0c
-def _object(path:Path)->dict: # {} when there is no such file
+def read_object(path:Path)->dict: # {} when there is no such file
     "A JSON object from a run folder. Raises `InputError` when the file is damaged."
     try:
         found = read_json(path)
@@ -257,7 +254,7 @@ class _RecordReader:
     @property
     def about(self)->dict:
         "config.json. Raises `InputError` when there is none or it is damaged."
-        found = _object(self.folder / "config.json")
+        found = read_object(self.folder / "config.json")
         if not found: raise InputError(f"There is no run in {str(self.folder)!r} (no config.json).")
         return found
 
@@ -275,7 +272,7 @@ class _RecordReader:
     @property
     def metrics(self)->dict: # {} until the run is done
         "metrics.json. Raises `InputError` when it is damaged."
-        return _object(self.folder / "metrics.json")
+        return read_object(self.folder / "metrics.json")
 
     def events(self, kind:str|None=None)->list[dict]: # in order, without those a resume has undone
         "The events of the run, or those of one kind; each call reads only what is new."

@@ -12,7 +12,7 @@ from ..models.zoo import find_method
 # %% ../../nbs/3_runs/30_release_flags.ipynb #74536f58
 RENAMED = {  # the release's name: ours
     "encoder_weight": "checkpoint", "num_nvit_layers": "num_layers", "object_size": "num_objects", "vit_resolution": "image_size",
-    "num_workers": "workers", "b": "batch_size", "wd": "weight_decay", "lr_step": "step_size", "lr_steps": "milestones",
+    "num_workers": "workers", "class_num": "num_classes", "b": "batch_size", "wd": "weight_decay", "lr_step": "step_size", "lr_steps": "milestones",
     "lr_gamma": "gamma", "eta_min": "lr_min", "test_only": "eval"}
 
 ALWAYS = {"transfer", "freeze", "norm", "train_emb"}  # the backbone is loaded and frozen, images are normalised, embeddings are trained: always so

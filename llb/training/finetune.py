@@ -169,10 +169,6 @@ class VisualTrainer(Trainer):
         return metrics
 
 # %% ../../nbs/4_training/47_finetune.ipynb #ea37aa4b
-def make_visual_model(config:Config, backbone:Backbone, num_classes:int)->VisualModel:
-    "The backbone to fine-tune. Raises `InputError` for settings that need a frozen one."
-    for name, why in dict(cache="tokens of a backbone that trains change with every step",
-                          cache_images="its training images are cropped at random", eval="a backbone by itself is scored when it is trained",
-                          nv_weights="label-focused layers are trained afterwards").items():
-        if config.to_dict()[name]: raise InputError(f"--{name} does not go with --objective visual: {why}.")
-    return VisualModel(backbone, num_classes, config.visual.backbone_drop_path)
+def make_visual_model(config:VisualConfig, backbone:Backbone, num_classes:int)->VisualModel:
+    "The backbone to fine-tune."
+    return VisualModel(backbone, num_classes, config.backbone_drop_path)

@@ -89,7 +89,7 @@ class Inputs:
         "Where the bytes of images come from: all of them stored, or decoded from files."
         options, preprocessing = self.config.data, self.model.backbone.preprocessing
         if not options.cache_images: return Geometry(preprocessing)
-        return build_images(all_images(self.data), preprocessing, self.runtime, workers=options.workers)
+        return build_images(all_images(self.data), preprocessing, workers=options.workers)
 
     def dataset(self, split:str)->StoredImages|TokenDataset: # under keys (epoch, index)
         "A split; training images are augmented where that was asked for."
