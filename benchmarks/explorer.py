@@ -30,7 +30,7 @@ def synthetic_index(folder:Path, images:int=50_000, objects:int=2048, classes:in
     K, C, top = objects, classes, PatchSample(objects, 128)
     preprocessing = asdict(Preprocessing((16 * grid[0], 16 * grid[1]), (.5,) * 3, (.5,) * 3))
     info = {"model": f"synthetic{seed}", "settings": {"alpha": .5, "num_objects": K}, "backbone": "none", "grid": list(grid),
-            "preprocessing": preprocessing, "classes": [f"class {c}" for c in range(C)], "images": images, "fingerprint": "synthetic",
+            "preprocessing": preprocessing, "classes": [f"class {c}" for c in range(C)], "images": images, "fingerprint": "synthetic", "content": "synthetic",
             "root": str(clipart.root.resolve())}
     rows = new_rows(folder, info)
     shapes = {"patches": (K,), "image_counts": (K,), "patch_entropy": (K,), "class_patches": (C, K), "class_images": (C, K), "together": (K, K),

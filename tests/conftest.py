@@ -55,6 +55,13 @@ def images(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("images") / "shapes")
 
 
+@pytest.fixture(scope="session")
+def clipart():
+    "The images of the bundled validation split."
+    from llb.data.splits import load_data
+    return load_data(ROOT / "data" / "openclipart").val
+
+
 def flags(**values):
     "Keyword arguments as words of the command line."
     words = []

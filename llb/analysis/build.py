@@ -109,7 +109,8 @@ def describe_index(model:LLB, images:ImageList)->dict: # JSON-able
     return {"model": content_hash(model.branch.state_dict()), "settings": model.settings,
             "backbone": backbone.name, "backbone_content": backbone.content_hash(), "grid": list(backbone.grid),
             "preprocessing": asdict(backbone.preprocessing), "classes": list(images.classes), "images": len(images),
-            "fingerprint": images.fingerprint(), "root": str(images.root.resolve()), "environment": environment()}
+            "fingerprint": images.fingerprint(), "content": images.content_key,
+            "root": str(images.root.resolve()), "environment": environment()}
 
 def _row(batch:dict, out:LLBOutput, counted:Counted, kept:int)->dict[str, Tensor]: # of each column, [B,...]
     "What is kept of each image of a batch."
@@ -241,10 +242,10 @@ def index_run(
     Raises `InputError` as `load_run` does. Where the images are gone, `open_index` still reads an index."""
     run = run if isinstance(run, RunReader) else RunReader(run)
     folder = run.folder / "objects" / (f"{split}-{checkpoint}" if checkpoint else split)
-    wanted = content_hash(_trained_tensors(run, checkpoint)), _images_of(run, split).fingerprint()
+    wanted = content_hash(_trained_tensors(run, checkpoint)), _images_of(run, split).content_key
     if not rebuild and (folder / "index.json").is_file():
         try: index = open_index(folder)
         except InputError: index = None   # damaged: it can be made again
-        if index and (index.info["model"], index.info["fingerprint"]) == wanted: return index
+        if index and (index.info["model"], index.info["content"]) == wanted: return index
     model, loader, runtime = load_run(run, split, device, batch_size, checkpoint)
     return build_index(model, loader, folder, runtime)

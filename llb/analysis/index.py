@@ -83,7 +83,7 @@ def new_rows(
     columns = {"label": ("int32", ()), "visual_logits": ("float32", (C,)), "label_logits": ("float32", (C,)),
                "objects": ("int32", (kept,)), "fractions": ("float32", (kept,)),   # of the image's assignment
                "first": (small, (N,)), "confidence": ("float16", (N,))}
-    about = {name: info[name] for name in ("model", "fingerprint")}
+    about = {name: info[name] for name in ("model", "content")}
     return open_store(folder / "rows", about, columns, info["images"], "object index")
 
 def save_index(
