@@ -56,7 +56,7 @@ def synthetic_index(folder:Path, images:int=50_000, objects:int=2048, classes:in
     index = open_index(folder)
     effects = new_effects(folder / "effects", index, 8)
     for part in np.array_split(np.arange(images), max(1, images // 1000)):
-        values = {name: rng.normal(size=(len(part), 8)) for name in ("drop", "random", "predicted_drop")}
+        values = {name: rng.normal(size=(len(part), 8)) for name in ("effect", "random", "predicted_effect")}
         effects.put(part, objects=index.rows["objects"][part], predicted=index.rows["label"][part], **values)
     return index
 

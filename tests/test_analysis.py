@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from llb.analysis.build import build_index, index_run, index_scores, load_run
-from llb.analysis.effects import (_label_logits, ablation_effects, area, attribution, build_effects, effects_of_run,
+from llb.analysis.effects import (ablation_effects, area, attribution, build_effects, effects_of_run,
                                   faithfulness, mean_embedding)
 from llb.analysis.index import open_effects, open_index
 from llb.analysis.similarity import match_objects, moved_pairs, similarity
@@ -65,7 +65,7 @@ def model():
     made = LLB(backbone, num_objects=K, num_layers=3, target_layer=9, num_classes=C).eval()
     made.branch.visual_block = Second()
     with torch.no_grad():
-        made.branch.objects.assign.weight.copy_(torch.eye(K, backbone.dim))
+        made.branch.objects.assigner.weight.copy_(torch.eye(K, backbone.dim))
     return made
 
 
@@ -175,7 +175,7 @@ def test_registers_and_wide_grids_keep_their_places(tmp_path, few):
     backbone = load_backbone("vit_small_patch14_reg4_dinov2", pretrained=False, image_size=(14 * H, 14 * W), num_classes=0)
     model = LLB(backbone, num_objects=K, num_layers=2, target_layer=3, num_classes=C)
     model.branch.visual_block = Second()
-    with torch.no_grad(): model.branch.objects.assign.weight.copy_(torch.eye(K, backbone.dim))
+    with torch.no_grad(): model.branch.objects.assigner.weight.copy_(torch.eye(K, backbone.dim))
     assert backbone.num_prefix == 5
     found, _ = indexed(model, tmp_path / "val", IDS, few)
     assert found.grid == (H, W) and np.array_equal(found.map(7)[0], IDS[7])
@@ -205,7 +205,7 @@ def test_renamed_objects_are_matched(model, index, tmp_path, few):
     other = LLB(model.backbone, **model.settings)
     other.branch.visual_block = Second()
     state = model.branch.state_dict()
-    for name in "objects.assign.weight", "objects.assign.bias", "objects.embeddings": state[name] = state[name][order]
+    for name in "objects.assigner.weight", "objects.assigner.bias", "objects.embedding.weight": state[name] = state[name][order]
     other.branch.load_state_dict(state)
     found = match_objects(index, indexed(other.eval(), tmp_path / "val", IDS, few)[0])
     assert found.stability == 1 and (order[torch.from_numpy(found.second)].numpy() == found.first).all() and len(found.first) == K - 1
@@ -236,7 +236,7 @@ def planted():
     a[torch.arange(64), torch.randint(0, H * W, (64,))] = torch.eye(K)[labels]
     optimizer = torch.optim.AdamW(model.branch.parameters(), 1e-3)
     for _ in range(40):
-        loss = nn.functional.cross_entropy(_label_logits(model.branch, a @ model.branch.objects.embeddings), labels)
+        loss = nn.functional.cross_entropy(model.branch.label_logits(a @ model.branch.objects.embeddings), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -249,8 +249,8 @@ def test_ablation_finds_the_planted_object_and_chance_does_not(planted):
     mean = mean_embedding(branch, a.sum((0, 1)))
     both = torch.stack([labels, torch.full_like(labels, 3)], 1)
     found = ablation_effects(branch, a, labels, both, mean)
-    assert found.drop[:, 0].min() > 1 and found.drop[:, 0].median() > 5 * found.random[:, 0].median().abs()
-    assert found.drop[:, 1].abs().median() < .2 * found.drop[:, 0].median()
+    assert found.effect[:, 0].min() > 1 and found.effect[:, 0].median() > 5 * found.random[:, 0].median().abs()
+    assert found.effect[:, 1].abs().median() < .2 * found.effect[:, 0].median()
     score = attribution(branch, a, labels, mean)
     assert (score.argmax(1) == labels).float().mean() > .95
     curves = faithfulness(branch, a, labels, mean)
@@ -262,13 +262,13 @@ def test_effects_are_rows_beside_the_index(model, index, few):
     loader = lambda n: make_loader(Tokens(few.take(range(n)), IDS, model.backbone, .15), EvalBatches(n, 7))
     with pytest.raises(InputError, match="images of the index"): build_effects(model, loader(20), index, RUNTIME, count=3)
     effects = build_effects(model, loader(40), index, RUNTIME, count=3)
-    drop, count, random = class_effects(index, effects)
+    effect, count, random = class_effects(index, effects)
     want = np.zeros((C, K))
     for i, y in enumerate(few.labels):
-        for k, d in zip(effects["objects"][i], effects["drop"][i]): want[y, k] += d
-    assert np.allclose(np.nan_to_num(drop) * count, want, atol=1e-5) and count.sum() == 3 * 40 and np.isnan(drop[count == 0]).all()
+        for k, d in zip(effects["objects"][i], effects["effect"][i]): want[y, k] += d
+    assert np.allclose(np.nan_to_num(effect) * count, want, atol=1e-5) and count.sum() == 3 * 40 and np.isnan(effect[count == 0]).all()
     right = effects["predicted"][:] == np.array(few.labels)
-    assert np.allclose(effects["predicted_drop"][right], effects["drop"][right]) and len(open_effects(index)) == 40
+    assert np.allclose(effects["predicted_effect"][right], effects["effect"][right]) and len(open_effects(index)) == 40
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):
@@ -301,7 +301,7 @@ def test_a_run_is_indexed_once_and_again_when_its_model_changes(run):
     assert len(index) == len(effects) == 6 and index.folder == run / "objects/selection"
     assert built(index_run(run, "selection", "cpu")) == built(index) and len(effects_of_run(run, "selection", "cpu", 2).effects) == 6
     model = LLB.from_pretrained(run / "model")
-    with torch.no_grad(): model.branch.objects.embeddings.add_(1)
+    with torch.no_grad(): model.branch.objects.embedding.weight.add_(1)
     model.save_pretrained(run / "model")
     again = index_run(run, "selection", "cpu")
     assert again.info["model"] != index.info["model"] and open_effects(again) is None
@@ -311,12 +311,12 @@ def test_a_run_is_indexed_once_and_again_when_its_model_changes(run):
 
 def test_a_damaged_index_and_one_of_touched_images_are_built_again(run):
     index, _ = effects_of_run(run, "val", "cpu", count=2)
-    for path in index.rows.columns["first"].path, index.folder / "objects.safetensors", open_effects(index).columns["drop"].path:
+    for path in index.rows.columns["first"].path, index.folder / "objects.safetensors", open_effects(index).columns["effect"].path:
         with open(path, "r+b") as file: file.truncate(9)
-        if "drop" not in path.name:
+        if "effect" not in path.name:
             with pytest.raises(InputError, match="build it again"): open_index(index.folder)
         index, effects = effects_of_run(run, "val", "cpu", count=2)
-        assert effects["drop"].shape == (len(index), 2)
+        assert effects["effect"].shape == (len(index), 2)
     before = built(index)
     index.images.paths[0].touch()
     assert built(index_run(run, "val", "cpu")) > before

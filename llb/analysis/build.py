@@ -173,8 +173,7 @@ def index_scores(
     for part in np.array_split(np.arange(len(index)), len(index) // 4096 + 1):
         visual, label = (torch.tensor(index.rows[f"{name}_logits"][part]) for name in ("visual", "label"))
         labels = torch.from_numpy(index.rows["label"][part].astype(np.int64))
-        out = LLBOutput(visual, label, torch.empty(0), index.grid, alphas[0])
-        scored.append(score_batch(out, torch.from_numpy(part), labels, alphas))
+        scored.append(score_batch(visual, label, torch.from_numpy(part), labels, alphas))
     return merge_scores(scored)
 
 # %% ../../nbs/5_analysis/53_build.ipynb #632cdacb

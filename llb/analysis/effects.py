@@ -29,11 +29,6 @@ from ..runs.folder import RunReader
 from ..training.inputs import features_of
 
 # %% ../../nbs/5_analysis/54_effects.ipynb #6b86c32c
-def _label_logits(branch:LabelBranch, decoupled:Tensor)->Tensor: # [B,N,D] -> [B,C]
-    "Step 3 of the method by itself: from objects' embeddings to class scores."
-    x = torch.cat([branch.cls_token.expand(len(decoupled), -1, -1).to(decoupled.dtype), decoupled], 1)
-    return branch.classifier(branch.norm(branch.label_blocks(x))[:, 0])
-
 def _embeddings(branch:LabelBranch)->Tensor: # [K,D], without gradient
     return branch.objects.embeddings.detach()
 
@@ -70,15 +65,15 @@ def ablated_logits(
             amount = assignments[images, :, ids].to(E.dtype)[..., None]   # [B,N,1]
             order = torch.rand(amount.shape[:2]).argsort(1).to(amount.device)
             shuffled = amount.gather(1, order[..., None])
-            without.append(_label_logits(branch, z - amount * (E[ids] - mean)[:, None]))
-            random.append(_label_logits(branch, z + shuffled * (mean - z)))
-    return AblatedLogits(_label_logits(branch, z), torch.stack(without, 1), torch.stack(random, 1))
+            without.append(branch.label_logits(z - amount * (E[ids] - mean)[:, None]))
+            random.append(branch.label_logits(z + shuffled * (mean - z)))
+    return AblatedLogits(branch.label_logits(z), torch.stack(without, 1), torch.stack(random, 1))
 
-# %% ../../nbs/5_analysis/54_effects.ipynb #e72f9c10
+# %% ../../nbs/5_analysis/54_effects.ipynb #d0e9cf1f
 class AblationEffects(NamedTuple):
     "Drops of one class's logit by image and object; positive: the object speaks for the class."
     objects: Tensor  # [B,M] ids
-    drop: Tensor     # [B,M] when the object is ablated
+    effect: Tensor   # [B,M] when the object is ablated
     random: Tensor   # [B,M] when as much is ablated at random patches
 
 def _drop(whole:Tensor, without:Tensor, targets:Tensor)->Tensor: # [B,C], [B,M,C], [B] -> [B,M]
@@ -103,10 +98,10 @@ def new_effects(
     folder:Path,        # to keep them in
     index:ObjectIndex,
     count:int           # M, objects ablated in each image
-)->ArrayStore: # objects [n,M], predicted [n], drop and random [n,M] of the label's logit, predicted_drop [n,M]
+)->ArrayStore: # objects [n,M], predicted [n], effect and random [n,M] on the label's logit, predicted_effect [n,M]
     "The table of effects, to be filled. Raises `InputError` when the disk is too small."
     row = ("float32", (count,))
-    columns = {"objects": ("int32", (count,)), "predicted": ("int32", ()), "drop": row, "random": row, "predicted_drop": row}
+    columns = {"objects": ("int32", (count,)), "predicted": ("int32", ()), "effect": row, "random": row, "predicted_effect": row}
     about = {**index.rows.about, "count": count}
     return open_store(folder, about, columns, len(index), "ablation effects")
 
@@ -117,11 +112,11 @@ def _effects_of_batch(model:LLB, batch:dict, mean:Tensor, count:int, runtime:Run
     labels, predicted = batch["label"].to(runtime.device), out.label_logits.argmax(-1)
     objects = out.assignments.mean(1).topk(count).indices
     found = ablated_logits(model.branch, out.assignments, objects, mean, seed=int(batch["index"][0]))
-    row = {"objects": objects, "predicted": predicted, "drop": _drop(found.whole, found.without, labels),
-           "random": _drop(found.whole, found.random, labels), "predicted_drop": _drop(found.whole, found.without, predicted)}
+    row = {"objects": objects, "predicted": predicted, "effect": _drop(found.whole, found.without, labels),
+           "random": _drop(found.whole, found.random, labels), "predicted_effect": _drop(found.whole, found.without, predicted)}
     return {name: x.cpu().numpy() for name, x in row.items()}
 
-# %% ../../nbs/5_analysis/54_effects.ipynb #9ec49c9f
+# %% ../../nbs/5_analysis/54_effects.ipynb #07bf7b0b
 def build_effects(
     model:LLB,
     loader:DataLoader,   # over the images of the index, in order
@@ -178,7 +173,7 @@ def attribution(
     for i in range(points):
         with torch.enable_grad():
             between = (mean + (i + .5) / points * (z - mean)).requires_grad_()
-            logit = _label_logits(branch, between).gather(1, targets[:, None]).sum()
+            logit = branch.label_logits(between).gather(1, targets[:, None]).sum()
             gradient = gradient + torch.autograd.grad(logit, between)[0]
     return torch.einsum("bnk,bnd,kd->bk", a, gradient / points, E - mean)
 
@@ -208,7 +203,7 @@ def deletion_curve(
         gone = _gone(fraction, scores, level)
         lost = assignments * (1 - gone if insertion else gone)[:, None]
         z = (assignments - lost).to(E.dtype) @ E + lost.sum(-1, keepdim=True).to(E.dtype) * mean
-        p = softmax(_label_logits(branch, z).float(), -1)
+        p = softmax(branch.label_logits(z).float(), -1)
         curve.append(p.gather(1, targets[:, None])[:, 0])
     return torch.stack(curve, 1)
 

@@ -54,7 +54,7 @@ def object_table(
     images_of_top = index.class_images[top, np.arange(K)]
     return {"patches": index.patches, "images": index.image_counts, "mean_probability": index.mass / index.patches.sum(),
             "patch_entropy": patch_entropy, "class_entropy": np.where(dead, np.nan, _entropy(np.nan_to_num(by_class.T))),
-            "top_class": top, "top_class_share": fraction, "dead": dead, "dense": _dense(index),
+            "top_class": top, "top_class_fraction": fraction, "dead": dead, "dense": _dense(index),
             "label_specific": (fraction > SPECIFIC) & (images_of_top >= 5)}
 
 # %% ../../nbs/5_analysis/52_usage.ipynb #05ab52b5
@@ -161,7 +161,7 @@ def branch_agreement(
 # %% ../../nbs/5_analysis/52_usage.ipynb #3ce5d16a
 class ClassEffects(NamedTuple):
     "What each object does for each class, over the images of the class that have it among their top objects."
-    drop: np.ndarray    # [C,K] mean drop of the class's logit, NaN without images
+    effect: np.ndarray  # [C,K] mean drop of the class's logit, NaN without images
     images: np.ndarray  # [C,K] images behind it
     random: np.ndarray  # [C,K] mean drop when as much is ablated at random patches
 
@@ -171,12 +171,12 @@ def class_effects(
 )->ClassEffects:
     "Mean ablation effects by class and object."
     C, K = len(index.classes), len(index.patches)
-    drop, random, count = np.zeros((3, C, K))
+    effect, random, count = np.zeros((3, C, K))
     for part in _in_parts(np.arange(len(index))):
         objects = effects["objects"][part]                                          # [B,M]
         labels = np.broadcast_to(index.rows["label"][part][:, None], objects.shape)
         np.add.at(count, (labels, objects), 1)
-        np.add.at(drop, (labels, objects), effects["drop"][part])
+        np.add.at(effect, (labels, objects), effects["effect"][part])
         np.add.at(random, (labels, objects), effects["random"][part])
     with np.errstate(invalid="ignore", divide="ignore"):
-        return ClassEffects(drop / count, count.astype(int), random / count)
+        return ClassEffects(effect / count, count.astype(int), random / count)
