@@ -18,7 +18,7 @@ from llb.data.images import decode
 from llb.models.backbone import load_backbone
 from llb.models.llb import LLB
 from llb.models.loss import batch_totals, LLBLoss
-from llb.training.evaluate import evaluate
+from llb.training.evaluate import score_model
 from llb.training.metrics import measure, Scores
 
 B, C, N = 12, 3, 11
@@ -60,7 +60,7 @@ class Fixed(Dataset):
 
 def evaluation(runtime):
     model, images, labels = make_model()
-    scores, usage = evaluate(model, DataLoader(Fixed(images, labels), batch_sampler=EvalBatches(N, 3, runtime.rank, runtime.world_size)), runtime)
+    scores, usage = score_model(model, DataLoader(Fixed(images, labels), batch_sampler=EvalBatches(N, 3, runtime.rank, runtime.world_size)), runtime)
     return {"scores": {f.name: getattr(scores, f.name).tolist() for f in fields(Scores)}, "usage": usage,
             "metrics": {str(a): measure(scores, a) for a in (0, .5, .8, 1)}}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ..core.console import print_main, progress
-from ..core.distributed import (any_rank, gather_objects, pick_device, run_on_main, Runtime, StopFlag,
+from ..core.distributed import (agree_on_stop, gather_objects, pick_device, run_on_main, Runtime, StopFlag,
                                   sum_over_ranks)
 from ..core.errors import InputError
 from ..data.image_cache import StoredImages
@@ -26,7 +26,7 @@ from ..models.saving import describe_backbone
 from ..models.token_cache import TokenDataset
 from ..runs.config import Config
 from ..runs.folder import check_resumable, describe_data, RunWriter
-from .evaluate import evaluate, format_table, report_metrics, save_predictions
+from .evaluate import format_table, report_metrics, score_model, save_predictions
 from .inputs import features_of, Inputs
 from .metrics import ALPHAS, choose_alpha, measure
 from .step import TrainStep
@@ -76,7 +76,8 @@ class TrainerState:
         self.model, self.data, self.config = model.to(self.runtime.device), data, config
         self.model.classes = list(data.classes)
         self.step, self.saved_step, self.history, self.best, self.best_head = 0, None, [], None, None
-        self.terms, self.stopping = {}, False   # terms of the objective by name, summed over the epoch's steps
+        self.terms = {}         # terms of the objective by name, summed over the epoch's steps
+        self.stopping = None    # or why
         self.global_batch = config.optim.batch_size * self.runtime.world_size
         self.alphas = tuple(sorted({*ALPHAS, *([] if config.model.alpha is None else [config.model.alpha])}))
 
@@ -132,7 +133,7 @@ class Trainer(TrainerState):
             try:
                 while len(self.history) < self.config.optim.epochs and not self.stopping: self.train_epoch()
                 metrics = {} if self.stopping else self.report()
-                if self.stopping: self.finish("stopped", by=self.stop.reason or "another process")
+                if self.stopping: self.finish("stopped", by=self.stopping)
                 else: self.finish("done")
             except (InputError, FloatingPointError) as e:
                 self.finish("failed", error=str(e))
@@ -178,10 +179,11 @@ class Trainer(TrainerState):
             began, batch, error = time.monotonic(), None, None
             try: batch = next(batches, None)
             except InputError as e: error = e
-            stopping, failed = any_rank(bool(self.stop), error is not None)
-            if failed: raise next(e for e in gather_objects(error) if e)
+            reason = agree_on_stop(self.stop, error)
             if batch is None: return   # an epoch that is complete is also looked at, whoever asks to stop
-            if stopping: self.stopping = True; return
+            if reason:
+                self.stopping = reason
+                return
             yield batch, time.monotonic() - began
 
     def log(self, kind:str, terms:dict[str, Tensor], steps:int, **values)->dict: # the event
@@ -194,7 +196,7 @@ class Trainer(TrainerState):
 
     def validate(self)->dict: # values of the epoch's event; the last of `selection` is the prediction that chooses the epoch
         "Score the selection split."
-        scores, usage = evaluate(self.model, self.loaders.evaluation("selection"), self.runtime, self.alphas, "selection")
+        scores, usage = score_model(self.model, self.loaders.evaluation("selection"), self.runtime, self.alphas, "selection")
         selection, folder = self.loaders.datasets["selection"], self.record.folder / "snapshots"
         run_on_main(lambda: keep_snapshot(folder, len(self.history) + 1, self.model, selection, self.runtime))
         alpha = choose_alpha(scores) if self.config.model.alpha is None else self.config.model.alpha
@@ -220,7 +222,7 @@ class Trainer(TrainerState):
         "Take the best epoch, score the validation split once, write the numbers, predictions and the model."
         self.model.branch.load_state_dict(self.best_head)
         self.model.alpha = self.best["alpha"]
-        scores, usage = evaluate(self.model, self.loaders.evaluation("val"), self.runtime, self.alphas, "val")
+        scores, usage = score_model(self.model, self.loaders.evaluation("val"), self.runtime, self.alphas, "val")
         given = "was given" if self.config.model.alpha is not None else \
             f"was chosen by NLL on the selection split ({len(self.data.selection)} images cut from the training data)"
         metrics = {**report_metrics(scores, self.data.val, self.model.alpha, given), "objects": usage,
