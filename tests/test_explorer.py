@@ -79,7 +79,7 @@ def test_search_and_filter(explorer):
 def test_images_that_are_gone_close_nothing(nasty_index):
     lost = Explorer(Catalog(replace(nasty_index, images=replace(nasty_index.images, root=Path("/nowhere")))))
     lost.show(5, 3)
-    assert lost.alert.value == "" and lost.object_part.sheet.sheet.startswith(b"\xff\xd8") and lost.stand_in()
+    assert lost.alert.value == "" and lost.object_part.sheet.image.startswith(b"\xff\xd8") and lost.stand_in()
 
 
 def test_two_threads_leave_one_state(explorer, nasty_index):

@@ -26,7 +26,7 @@ from ..core.errors import command, InputError
 from ..core.seeds import seed_from
 from ..data.splits import sample_images
 from ..plots.charts import plot_agreement_table, plot_alpha_curve, plot_class_object_heatmap, plot_usage
-from ..plots.maps import plot_assignment_sheet
+from ..plots.maps import plot_map_gallery
 from ..runs.folder import RunReader
 from ..study.statistics import paired_difference, PairedDifference
 from ..training.inputs import forward_images
@@ -41,7 +41,7 @@ def figure_of_sample(
     sample, classes = sample_images(run.load_data().val, count), run.load_data().classes
     shown, out = forward_images(run.load_model(), sample)
     def names(scores): return [classes[c] for c in scores.argmax(-1)]
-    axes = plot_assignment_sheet(shown, out.assignments, out.grid, labels=[classes[y] for y in sample.labels],
+    axes = plot_map_gallery(shown, out.assignments, out.grid, labels=[classes[y] for y in sample.labels],
                                  label_predictions=names(out.label_logits), fused_predictions=names(out.probabilities()),
                                  title=f"{run.folder.name}: latent objects of {len(sample)} random validation images")
     return axes.flat[0].figure
