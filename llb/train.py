@@ -19,10 +19,8 @@ from .models.llb import LLB
 from .runs.build import make_backbone, make_data, make_model
 from .runs.config import Config, parse_command
 from .runs.cost import config_cost, preview
-from .training.evaluate import evaluate, format_table, report_metrics
+from .training.evaluate import evaluate
 from .training.finetune import make_visual_model, VisualTrainer
-from .training.inputs import scoring_loader
-from .training.metrics import ALPHAS
 from .training.trainer import Trainer
 
 # %% ../nbs/90_train.ipynb #cc88300e
@@ -53,12 +51,9 @@ def score(model:LLB, data:Data, config:Config, runtime:Runtime)->dict: # see `re
     if not config.model.nv_weights:
         if not trained.is_dir(): raise InputError(f"There is no trained model in {str(trained)!r} to evaluate; name one with --nv_weights.")
         model = LLB.from_pretrained(trained, backbone=model.backbone)
-    alpha = model.alpha if config.model.alpha is None else config.model.alpha
-    loader = scoring_loader(model.to(runtime.device), data.val, config, runtime)
-    scores, _ = evaluate(model, loader, runtime, tuple(sorted({*ALPHAS, alpha})))
-    metrics = report_metrics(scores, data.val, alpha, "is the model's own" if config.model.alpha is None else "was given")
-    print_main(format_table(metrics))
-    return metrics
+    found = evaluate(model, data, config.model.alpha, config, runtime)
+    print_main(str(found))
+    return found.metrics
 
 # %% ../nbs/90_train.ipynb #42e12995
 @record

@@ -55,6 +55,42 @@ def images(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("images") / "shapes")
 
 
+NASTY = "<img src=x onerror=alert(1)>", "$a$ & \"b\"", "c" * 200, "d\u0000e"   # class names from anyone
+
+
+@pytest.fixture(scope="session")
+def small_llb():
+    "An untrained LLB of 12 objects on 3 x 5 patches."
+    import torch
+
+    from llb.models.backbone import load_backbone
+    from llb.models.llb import LLB
+    torch.manual_seed(0)
+    backbone = load_backbone("vit_tiny_patch16_224", pretrained=False, image_size=(48, 80), num_classes=0)
+    return LLB(backbone, num_objects=12, num_layers=2, target_layer=3, num_classes=4).eval()
+
+
+@pytest.fixture(scope="session")
+def nasty_index(small_llb, tmp_path_factory):
+    "Its index of 60 drawings whose four classes have nasty names, with effects beside it."
+    from dataclasses import replace
+
+    import torch
+
+    from llb.analysis.effects import build_effects
+    from llb.analysis.index import build_index
+    from llb.core.distributed import Runtime
+    from llb.data.splits import load_data
+    from llb.training.inputs import scoring_loader
+    runtime = Runtime(torch.device("cpu"))
+    few = load_data(ROOT / "data/openclipart").val.take(range(0, 600, 10))
+    few = replace(few, labels=tuple(i % 4 for i in range(len(few))), classes=NASTY)
+    loader = scoring_loader(small_llb, few, batch_size=16)
+    index = build_index(small_llb, loader, tmp_path_factory.mktemp("run") / "objects" / "val", runtime)
+    build_effects(small_llb, loader, index, runtime, 3)
+    return index
+
+
 def flags(**values):
     "Keyword arguments as words of the command line."
     words = []

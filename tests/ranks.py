@@ -18,7 +18,7 @@ from llb.data.images import decode
 from llb.models.backbone import load_backbone
 from llb.models.llb import LLB
 from llb.models.loss import batch_totals, LLBLoss
-from llb.training.evaluate import evaluate
+from llb.training.evaluate import score_model
 from llb.training.metrics import measure, Scores
 
 B, C, N = 12, 3, 11
@@ -41,14 +41,14 @@ def gradients(runtime, uneven, micro, local):
     head = DistributedDataParallel(model.branch) if runtime.world_size > 1 else model.branch
     loss, parts = LLBLoss(local_diversity=local), mine.chunk(micro)
     features = [model.features(images[p]) for p in parts]
-    totals = batch_totals([head(f).assignments for f in features]) if micro > 1 else None
+    totals = batch_totals([head(f).means for f in features]) if micro > 1 else None
     for i, (f, p) in enumerate(zip(features, parts)):
         if runtime.world_size > 1: head.require_backward_grad_sync = i == len(parts) - 1
         terms = loss(head(f), labels[p], totals)
-        terms.loss.backward()
-    own = LLBLoss(local_diversity=True)(model.branch(model.features(images[mine])), labels[mine], batch_totals([torch.ones(1, 1, 6)])).entropy
+        terms["loss"].backward()
+    own = LLBLoss(local_diversity=True)(model.branch(model.features(images[mine])), labels[mine], batch_totals([torch.ones(1, 6)]))["entropy"]
     return {"gradients": {n: p.grad.tolist() for n, p in model.branch.named_parameters()}, "share": len(mine),
-            "terms": {k: float(v) for k, v in vars(terms).items()}, "own_entropy": float(own)}
+            "terms": {k: float(v) for k, v in terms.items()}, "own_entropy": float(own)}
 
 
 class Fixed(Dataset):
@@ -60,7 +60,7 @@ class Fixed(Dataset):
 
 def evaluation(runtime):
     model, images, labels = make_model()
-    scores, usage = evaluate(model, DataLoader(Fixed(images, labels), batch_sampler=EvalBatches(N, 3, runtime.rank, runtime.world_size)), runtime)
+    scores, usage = score_model(model, DataLoader(Fixed(images, labels), batch_sampler=EvalBatches(N, 3, runtime.rank, runtime.world_size)), runtime)
     return {"scores": {f.name: getattr(scores, f.name).tolist() for f in fields(Scores)}, "usage": usage,
             "metrics": {str(a): measure(scores, a) for a in (0, .5, .8, 1)}}
 

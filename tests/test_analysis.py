@@ -63,7 +63,7 @@ def model():
     made = LLB(backbone, num_objects=K, num_layers=3, target_layer=9, num_classes=C).eval()
     made.branch.visual_block = Second()
     with torch.no_grad():
-        made.branch.objects.assign.weight.copy_(torch.eye(K, backbone.dim))
+        made.branch.objects.assigner.weight.copy_(torch.eye(K, backbone.dim))
     return made
 
 
@@ -170,7 +170,7 @@ def test_registers_and_wide_grids_keep_their_places(tmp_path):
     backbone = load_backbone("vit_small_patch14_reg4_dinov2", pretrained=False, image_size=(14 * H, 14 * W), num_classes=0)
     model = LLB(backbone, num_objects=K, num_layers=2, target_layer=3, num_classes=C)
     model.branch.visual_block = Second()
-    with torch.no_grad(): model.branch.objects.assign.weight.copy_(torch.eye(K, backbone.dim))
+    with torch.no_grad(): model.branch.objects.assigner.weight.copy_(torch.eye(K, backbone.dim))
     assert backbone.num_prefix == 5
     found, _ = indexed(model, tmp_path / "val", IDS, IMAGES)
     assert found.grid == (H, W) and np.array_equal(found.map(7)[0], IDS[7])
@@ -200,7 +200,7 @@ def test_renamed_objects_are_matched(model, index, tmp_path):
     other = LLB(model.backbone, **model.settings)
     other.branch.visual_block = Second()
     state = model.branch.state_dict()
-    for name in "objects.assign.weight", "objects.assign.bias", "objects.embeddings": state[name] = state[name][order]
+    for name in "objects.assigner.weight", "objects.assigner.bias", "objects.embedding.weight": state[name] = state[name][order]
     other.branch.load_state_dict(state)
     found = match_objects(index, indexed(other.eval(), tmp_path / "val", IDS, IMAGES)[0])
     assert found.stability == 1 and (order[torch.from_numpy(found.second)].numpy() == found.first).all() and len(found.first) == K - 1

@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 
 from llb.core.errors import InputError
 from llb.models.backbone import load_backbone
-from llb.models.zoo import FOCUS_NAME
-from llb.models.zoo import METHODS
+from llb.models.zoo import FOCUS_NAME, METHODS
 
 # name, prefix tokens, patch: class token, none, registers only, both, distillation token, rotary and relative positions, CNN stem, parallel blocks
 FAMILIES = [

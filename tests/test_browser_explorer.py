@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from browser import ROOT, until, write_notebook
 
+from llb.analysis.catalog import Catalog, predictions
 from llb.analysis.index import open_index
 from llb.runs.config import Config
-from llb.apps.catalog import Catalog, predictions
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 pytestmark = [pytest.mark.slow, pytest.mark.browser]

@@ -13,7 +13,7 @@ import torch
 from .exemplars import at_quantile, Exemplars
 from .index import ObjectIndex
 from ..core.errors import InputError
-from ..models.llb import fuse, LLBOutput
+from ..models.heads import fuse
 from ..models.objects import entropy
 from ..training.metrics import ALPHAS, merge_scores, score_batch, Scores
 
@@ -113,8 +113,8 @@ def index_scores(
     parts = []
     for part in np.array_split(np.arange(len(index)), len(index) // 4096 + 1):
         visual, label = (torch.tensor(index.rows[f"{name}_logits"][part]) for name in ("visual", "label"))
-        out = LLBOutput(visual, label, torch.empty(0), index.grid, alphas[0])
-        parts.append(score_batch(out, torch.from_numpy(part), torch.from_numpy(index.rows["label"][part].astype(np.int64)), alphas))
+        labels = torch.from_numpy(index.rows["label"][part].astype(np.int64))
+        parts.append(score_batch(visual, label, torch.from_numpy(part), labels, alphas))
     return merge_scores(parts)
 
 def branch_agreement(

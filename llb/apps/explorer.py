@@ -19,10 +19,12 @@ from matplotlib.figure import Figure
 
 from ..analysis.effects import build_effects, EFFECTS_FILE, effects_of_run, open_effects
 from ..analysis.index import build_index, ObjectIndex
-from .catalog import (Catalog, cell_images, draw_class, draw_disagreement, draw_object, draw_image,
-                              find_objects, gallery_rows, KINDS, object_html, object_line, objects_of, open_notes,
-                              ORDERS, prediction_html, read_link, save_figure)
-from .html import gallery_page, figure_html, sheet, table_html, tiles_of
+from ..analysis.catalog import (Catalog, cell_images, find_objects, gallery_rows, KINDS, object_line, objects_of,
+                                  open_notes, ORDERS, read_link)
+from .cards import gallery_page, object_html, prediction_html
+from .figures import (colours_of, figure_of_branches, figure_of_class, figure_of_image, figure_of_object,
+                              save_figure, tiles_of)
+from .html import figure_html, table_html
 from .widgets import PatchPicker, TileSheet
 from ..core.distributed import pick_device, Runtime
 from ..core.errors import InputError
@@ -30,6 +32,7 @@ from ..core.files import read_json
 from ..data.images import ImageList
 from ..models.llb import LLB
 from ..training.inputs import scoring_loader
+from ..plots.galleries import sheet, tile
 from ..plots.maps import colour_of, label_places, top_objects
 
 # %% ../../nbs/8_apps/85_explorer.ipynb #45b3cef7
@@ -97,7 +100,7 @@ class ImagePart:
         self.number.value = i
 
     def fills(self, i:int)->dict[str, str]: # colours of the objects in the image
-        colours = self.explorer.catalog.colours(i)
+        colours = colours_of(self.explorer.catalog, i)
         return {str(k): colour_of(k, colours) for k in np.unique(self.explorer.catalog.index.map(i)[0]).tolist()}
 
 # %% ../../nbs/8_apps/85_explorer.ipynb #802bfee5
@@ -125,11 +128,10 @@ class ObjectPart:
         if self.shown == (object_id, i): return   # another patch of it
         self.shown = object_id, i
         rows = gallery_rows(catalog, object_id, i, 6)
-        self.tiles = [(int(n), int(p)) for _, e in rows for n, p in zip(e.image, e.patch)]
+        self.tiles = [(int(n), int(p)) for e in rows.values() for n, p in zip(e.image, e.patch)]
         label = lambda n, s: f"image {n}, {catalog.index.classes[catalog.labels[n]]}, p {s:.2f}"
-        catalog.album.load(n for n, _ in self.tiles)
-        faces = [t for _, e in rows for t in tiles_of(catalog.album, e)]
-        self.sheet.show(sheet(faces, 8) if faces else b"", [[name, [[label(n, s), f"{s:.2f}"] for n, s in zip(e.image, e.score)]] for name, e in rows])
+        faces = [t for e in rows.values() for t in tiles_of(catalog, e)]
+        self.sheet.show(sheet(faces, 8) if faces else b"", [[name, [[label(n, s), f"{s:.2f}"] for n, s in zip(e.image, e.score)]] for name, e in rows.items()])
 
     def press(self, tile:int):
         "Go to the image of a tile."
@@ -179,7 +181,7 @@ class ClassPart:
     def refresh(self):
         catalog, c = self.explorer.catalog, self.choice.value
         for by, box in self.lists.items():
-            rows = objects_of(catalog, c, by) if by == "lift" or catalog.drop else []
+            rows = objects_of(catalog, c, by) if by == "lift" or catalog.class_effects else []
             with self.explorer.quietly():
                 box.options = [(f"{k:>5} {v:>8.2f}  {n:>6} images  {catalog.notes.names.get(k, '')}".replace(" ", "\u00a0"), k) for k, v, n in rows]
                 box.value = None
@@ -214,7 +216,7 @@ class BranchPart:
         self.shown = cell_images(catalog, self.cell.value, 24, self.page).tolist()
         catalog.album.load(self.shown)
         names = [catalog.index.classes[catalog.labels[i]] for i in self.shown]
-        faces = [catalog.album.tile(i) for i in self.shown]
+        faces = [tile(catalog.album[i]) for i in self.shown]
         title = f"{CELLS[self.cell.value]}: {len(self.shown)} of {len(cells[self.cell.value]):,}, at random"
         self.sheet.show(sheet(faces) if faces else b"", [[title, [[f"image {i}, {name}", name[:12]] for i, name in zip(self.shown, names)]]])
 
@@ -350,8 +352,8 @@ class Explorer:
     @_one_at_a_time
     def draw(self, view:str="image")->Figure:
         "A view as a figure: image, object, class or branches."
-        views = {"image": lambda: draw_image(self.catalog, self.i, self.alpha, self.object), "object": lambda: draw_object(self.catalog, self.object, self.i),
-                 "class": lambda: draw_class(self.catalog, self.class_part.choice.value), "branches": lambda: draw_disagreement(self.catalog)}
+        views = {"image": lambda: figure_of_image(self.catalog, self.i, self.alpha, self.object), "object": lambda: figure_of_object(self.catalog, self.object, self.i),
+                 "class": lambda: figure_of_class(self.catalog, self.class_part.choice.value), "branches": lambda: figure_of_branches(self.catalog)}
         if view not in views: raise InputError(f"There is no view {view!r}; there are {', '.join(views)} and, as html, gallery.")
         return views[view]()
 
@@ -368,7 +370,7 @@ class Explorer:
         if view != "gallery": return save_figure(self.draw(view), path)
         ids = catalog.notes.pins or [k for _, k in self.list_part.list.options][:24]
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(gallery_page(catalog.index, ids, catalog.notes.names, f"{catalog.name}: latent objects", catalog.album), encoding="utf-8")
+        path.write_text(gallery_page(catalog, ids, f"{catalog.name}: latent objects"), encoding="utf-8")
         return path
 
     def stand_in(self)->str: # HTML

@@ -15,11 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.backbone import load_backbone
-from .config import Config
-from ..models.zoo import find_method
 from ..models.llb import LLB
-from ..models.objects import COMPACT
-from ..models.zoo import FOCUS_NAME
+from ..models.zoo import find_method, FOCUS_NAME
+from .config import Config
 
 # %% ../../nbs/3_runs/33_cost.ipynb #f7eceb09
 from .config import RECIPES
@@ -71,7 +69,6 @@ def config_cost(
     with torch.device("meta"):
         backbone = load_backbone(config.model.backbone, num_classes=head, image_size=config.model.image_size, pretrained=False)
         model = LLB(backbone, config.model.num_objects, config.model.num_layers, config.model.target_layer, num_classes=num_classes)
-        model.branch.compact = config.model.num_objects >= COMPACT
         return model_cost(model)
 
 # %% ../../nbs/3_runs/33_cost.ipynb #0b330b48

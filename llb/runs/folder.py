@@ -19,7 +19,8 @@ from ..core.distributed import raise_everywhere, run_on_main, Runtime
 from ..core.errors import InputError
 from ..core.files import read_json, write_json
 from ..data.splits import Data
-from ..models.llb import describe_backbone, LLB
+from ..models.llb import LLB
+from ..models.saving import describe_backbone
 from .build import make_data
 from .checkpoints import load_newest, prune_checkpoints, save_checkpoint
 from .config import Config, RESUME_FREE

@@ -11,18 +11,17 @@ from bisect import bisect_right
 
 import torch
 from timm.optim import param_groups_weight_decay
-from torch import Tensor
+from torch import nn, Tensor
 
 from ..runs.config import OptimConfig
-from ..models.llb import LabelBranch
 
 # %% ../../nbs/4_training/43_optim.ipynb #8e7e55f2
 def make_optimizer(
-    head:LabelBranch,        # what trains
+    head:nn.Module,          # what trains
     config:OptimConfig
 )->torch.optim.Optimizer: # fused: one kernel for all tensors, on CPU and CUDA
     "Adam, AdamW or SGD; Adam's decay is coupled to the gradient (L2), AdamW's is not. A visual head has its own learning rate."
-    visual = set(() if head.visual_head is None else head.visual_head.parameters())
+    visual = set(() if getattr(head, "visual_head", None) is None else head.visual_head.parameters())
     groups = [{**g, "params": [p for p in g["params"] if (p in visual) == own], "lr_scale": config.visual_lr / config.lr if own else 1.0}
               for own in ([False, True] if visual else [False])
               for g in param_groups_weight_decay(head, config.weight_decay, weight_decay_exclude_1d=not config.decay_all,

@@ -15,17 +15,18 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ..core.console import progress, print_main
-from ..core.distributed import (any_rank, gather_objects, run_on_main, pick_device, Runtime, StopFlag,
+from ..core.console import print_main, progress
+from ..core.distributed import (agree_on_stop, gather_objects, pick_device, run_on_main, Runtime, StopFlag,
                                   sum_over_ranks)
 from ..core.errors import InputError
 from ..data.image_cache import StoredImages
 from ..data.splits import Data
-from ..models.llb import describe_backbone, LLB
+from ..models.llb import LLB
+from ..models.saving import describe_backbone
 from ..models.token_cache import TokenDataset
 from ..runs.config import Config
 from ..runs.folder import check_resumable, describe_data, RunWriter
-from .evaluate import evaluate, format_table, report_metrics, save_predictions
+from .evaluate import format_table, report_metrics, score_model, save_predictions
 from .inputs import features_of, Inputs
 from .metrics import ALPHAS, choose_alpha, measure
 from .step import TrainStep
@@ -73,8 +74,10 @@ class TrainerState:
     ):
         self.runtime = runtime or Runtime(pick_device(config.run.device), amp=config.run.amp)
         self.model, self.data, self.config = model.to(self.runtime.device), data, config
+        self.model.classes = list(data.classes)
         self.step, self.saved_step, self.history, self.best, self.best_head = 0, None, [], None, None
-        self.terms, self.stopping = torch.zeros(len(self.step_type.names), device=self.runtime.device), False
+        self.terms = {}         # terms of the objective by name, summed over the epoch's steps
+        self.stopping = None    # or why
         self.global_batch = config.optim.batch_size * self.runtime.world_size
         self.alphas = tuple(sorted({*ALPHAS, *([] if config.model.alpha is None else [config.model.alpha])}))
 
@@ -95,7 +98,7 @@ class TrainerState:
 
     def save(self):
         "Write a checkpoint of this step; every process takes part."
-        terms = gather_objects(self.terms.cpu())   # each process's own sums
+        terms = gather_objects({name: value.cpu() for name, value in self.terms.items()})   # each process's own sums
         state = {"step": self.step, "history": self.history, "best": self.best, "best_head": self.best_head, "terms": terms,
                  "branch": self.model.branch.state_dict(), "optimizer": self.train_step.optimizer.state_dict(), "global_batch": self.global_batch,
                  "config": self.config.to_dict(), "classes": self.about_data["classes"],
@@ -113,9 +116,11 @@ class TrainerState:
         self.model.branch.load_state_dict(saved["branch"])
         groups = saved["optimizer"]
         self.train_step.optimizer.load_state_dict({**groups, "state": {int(k): v for k, v in groups["state"].items()}})
-        same = len(saved["terms"]) == self.runtime.world_size
-        terms = saved["terms"][self.runtime.rank] if same else torch.stack(saved["terms"]).mean(0)
-        self.terms, self.saved_step = terms.to(self.runtime.device), self.step
+        terms = saved["terms"]
+        if len(terms) == self.runtime.world_size: mine = terms[self.runtime.rank]
+        else: mine = {name: torch.stack([theirs[name] for theirs in terms]).mean(0) for name in terms[0]}
+        self.terms = {name: value.to(self.runtime.device) for name, value in mine.items()}
+        self.saved_step = self.step
         print_main(f"Resuming at step {self.step} (epoch {self.step / self.batches.per_epoch:.2f}).")
 
 # %% ../../nbs/4_training/46_trainer.ipynb #2ca96b5e
@@ -128,7 +133,7 @@ class Trainer(TrainerState):
             try:
                 while len(self.history) < self.config.optim.epochs and not self.stopping: self.train_epoch()
                 metrics = {} if self.stopping else self.report()
-                if self.stopping: self.finish("stopped", by=self.stop.reason or "another process")
+                if self.stopping: self.finish("stopped", by=self.stopping)
                 else: self.finish("done")
             except (InputError, FloatingPointError) as e:
                 self.finish("failed", error=str(e))
@@ -143,7 +148,7 @@ class Trainer(TrainerState):
         with progress(total=self.batches.per_epoch, initial=self.batches.start, desc=f"epoch {self.batches.epoch + 1}/{self.config.optim.epochs}") as bar:
             for batch, wait in self.agreed_batches():
                 terms = self.train_step(batch, self.step, self.step / self.batches.per_epoch)
-                self.terms += terms
+                self.terms = {name: self.terms.get(name, 0) + value for name, value in terms.items()}
                 self.step, waited = self.step + 1, waited + wait
                 if self.step % self.config.run.log_every == 0:
                     self.check_gradients()
@@ -174,25 +179,24 @@ class Trainer(TrainerState):
             began, batch, error = time.monotonic(), None, None
             try: batch = next(batches, None)
             except InputError as e: error = e
-            stopping, failed = any_rank(bool(self.stop), error is not None)
-            if failed: raise next(e for e in gather_objects(error) if e)
+            reason = agree_on_stop(self.stop, error)
             if batch is None: return   # an epoch that is complete is also looked at, whoever asks to stop
-            if stopping: self.stopping = True; return
+            if reason:
+                self.stopping = reason
+                return
             yield batch, time.monotonic() - began
 
-    def log(self, kind:str, terms:Tensor, steps:int, **values)->dict: # the event
+    def log(self, kind:str, terms:dict[str, Tensor], steps:int, **values)->dict: # the event
         "Write an event with the mean terms of some steps, over all processes."
-        mean = (sum_over_ranks(terms) / steps / self.runtime.world_size).tolist()
-        visual = getattr(self.model.branch, "visual_head", None) is not None
-        terms = {k: v for k, v in zip(self.train_step.names, mean) if visual or k != "visual_cross_entropy"}
-        event = {"epoch": self.step / self.batches.per_epoch, "terms": terms,
+        mean = (sum_over_ranks(torch.stack([*terms.values()])) / steps / self.runtime.world_size).tolist()
+        event = {"epoch": self.step / self.batches.per_epoch, "terms": dict(zip(terms, mean)),
                  "lr": self.train_step.optimizer.param_groups[0]["lr"], **values}
         self.record.write(kind, self.step, **event)
         return {"step": self.step, **event}
 
     def validate(self)->dict: # values of the epoch's event; the last of `selection` is the prediction that chooses the epoch
         "Score the selection split."
-        scores, usage = evaluate(self.model, self.loaders.evaluation("selection"), self.runtime, self.alphas, "selection")
+        scores, usage = score_model(self.model, self.loaders.evaluation("selection"), self.runtime, self.alphas, "selection")
         selection, folder = self.loaders.datasets["selection"], self.record.folder / "snapshots"
         run_on_main(lambda: keep_snapshot(folder, len(self.history) + 1, self.model, selection, self.runtime))
         alpha = choose_alpha(scores) if self.config.model.alpha is None else self.config.model.alpha
@@ -204,7 +208,7 @@ class Trainer(TrainerState):
         seen = self.validate()
         speed = {"seconds": seconds, "images_per_s": steps * self.batches.batch_size / seconds, "data_wait": waited / seconds}
         self.history.append(self.log("epoch", self.terms, self.batches.per_epoch, **seen, **speed))
-        self.terms.zero_()
+        self.terms = {}
         found, nll = seen["selection"], list(seen["selection"].values())[-1]["nll"]
         if self.best is None or nll < self.best["nll"]:
             self.best = {"step": self.step, "epoch": len(self.history), "alpha": seen["alpha"], "nll": nll}
@@ -218,11 +222,12 @@ class Trainer(TrainerState):
         "Take the best epoch, score the validation split once, write the numbers, predictions and the model."
         self.model.branch.load_state_dict(self.best_head)
         self.model.alpha = self.best["alpha"]
-        scores, usage = evaluate(self.model, self.loaders.evaluation("val"), self.runtime, self.alphas, "val")
+        scores, usage = score_model(self.model, self.loaders.evaluation("val"), self.runtime, self.alphas, "val")
         given = "was given" if self.config.model.alpha is not None else \
             f"was chosen by NLL on the selection split ({len(self.data.selection)} images cut from the training data)"
         metrics = {**report_metrics(scores, self.data.val, self.model.alpha, given), "objects": usage,
                    "chosen_epoch": {**self.best, "by": "lowest fused NLL on the selection split"}, "features": "bf16 cache" if self.config.data.cache else "images"}
+        self.model.metrics = metrics
         self.record.finish(metrics, lambda folder: save_predictions(folder / "predictions.safetensors", scores, self.model.alpha),
                            lambda folder: self.model.save_pretrained(folder / "model"))
         print_main(format_table(metrics))
