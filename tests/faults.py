@@ -1,4 +1,7 @@
-"""What tests do to a training process from within: kills and signals at exact moments. The functions run in that process, before it trains."""
+"""What tests do to a training process from within: kills and signals at exact moments.
+
+The functions are called in that process, before it trains.
+"""
 import hashlib
 import os
 import signal
@@ -128,3 +131,10 @@ def print_backbone():
         print("BACKBONE", self.model.backbone.content_hash(), flush=True)
         return fit(self)
     Trainer.fit = wrapped
+
+
+def checkpoint_state(step):
+    "What a checkpoint may hold, different for each step."
+    import torch
+    head = {"w": torch.full((50,), float(step)), "b": torch.arange(step)}
+    return {"step": step, "head": head, "lr": 0.1 * step, "note": [None, True]}

@@ -1,7 +1,7 @@
-"""A run that is killed or stopped, anywhere, and resumed ends as if nothing had happened, bit by bit; and nothing is left running.
+"""A run that is killed or stopped, anywhere, and resumed ends as if nothing had happened, bit by bit.
 
-Kills inside the training process are exact (before or after a given step, at a given change of a save, in an evaluation); those from
-the outside hit the command as people start it, under torchrun.
+Kills inside the training process are exact (before or after a given step, at a given change of a save, in an
+evaluation); those from the outside hit the command as people start it, under torchrun, and leave nothing running.
 """
 import hashlib
 import json
@@ -14,9 +14,9 @@ import time
 
 import psutil
 import pytest
-from conftest import flags, OPTIONS, results, TINY, wait_for_step
 from faults import (at_call, at_change, at_step, print_backbone, see_stop, seen_images, seen_images_and_stop, storm,
                     touch_stop)
+from running import check_stop_at_random, flags, options_of, OPTIONS, results, TINY, wait_for_step
 from safetensors.torch import load_file
 
 from llb.runs.folder import read_events
@@ -29,11 +29,6 @@ def random_steps(seed, n):
     "Steps 1..20 and whether before or after them; those around an epoch's end are always among them."
     rng = random.Random(seed)
     return [(rng.choice([6, 7, 13]) if i % 3 == 0 else rng.randrange(1, 21), rng.random() < .5) for i in range(n)]
-
-
-def options_of(images, folder, processes, **options):
-    "Those of the uninterrupted runs, in another folder."
-    return dict(data_dir=images, save_dir=folder, **{**OPTIONS, "batch_size": 6 // processes, **options})
 
 
 def interrupted(forked, processes, patch, patch_rank, **options):
@@ -61,8 +56,8 @@ SAVING = {
     "second checkpoint not yet in place": (at_change, "checkpoints/.step-", 2, "os.rename"),
     "old checkpoint half deleted": (at_change, "checkpoints/step-", 1, "os.rmdir"),
     "metrics not yet in place": (at_change, "metrics.json", 1, "os.rename"),
-    "second epoch validated": (at_call, "llb.training.trainer", "evaluate", 2),
-    "reported split evaluated": (at_call, "llb.training.trainer", "evaluate", 4)}
+    "second epoch validated": (at_call, "llb.training.trainer", "score_model", 2),
+    "reported split evaluated": (at_call, "llb.training.trainer", "score_model", 4)}
 
 
 @pytest.mark.parametrize("patch", SAVING.values(), ids=SAVING)
@@ -154,39 +149,6 @@ def test_one_process_sees_the_stop_file_first(rank, images, tmp_path, forked):
     assert str(Run(tmp_path / "run").state) == "stopped: as asked after step 10; resume goes on from there"
 
 
-def stop_somewhen(run, folder, rng):
-    "Ask by the stop file, again and again as `Run.stop` does, from a random moment on; whether it was while the run lived."
-    steps = rng.choice([0, *range(1, 21)])
-    until = time.monotonic() + (rng.uniform(0, 3) if steps == 0 else 40)
-    while time.monotonic() < until and run.alive():
-        if steps and any(e["step"] >= steps for e in read_events(folder, "step")): break
-        time.sleep(.002)
-    time.sleep(rng.uniform(0, .03))
-    lived = run.alive()
-    while run.alive():
-        if folder.is_dir(): (folder / "stop").touch()
-        time.sleep(.02)
-    return lived
-
-
-def check_stop_at_random(seed, images, folder, forked, wanted):
-    "The state says that it was stopped as asked, and the resumed run ends as the uninterrupted one."
-    rng = random.Random(seed)
-    processes = rng.choice([1, 2, 2])
-    options = options_of(images, folder, processes, name=f"run{seed}")
-    run, where = forked(processes, **options), folder / f"run{seed}"
-    lived = stop_somewhen(run, where, rng)
-    assert run.finish() == [0] * processes, run.text
-    state, end = Run(where).state, read_events(where)[-1]
-    print(f"seed {seed}: {processes} process(es), asked {'while it ran' if lived else 'too late'}: {state}")
-    if end["reason"] == "done": assert end["step"] == 21 and state.name == "done"
-    else:
-        assert str(state) == f"stopped: as asked after step {end['step']}; resume goes on from there"
-        again = forked(processes, resume=True, **options)
-        assert again.finish() == [0] * processes, again.text
-    assert results(where) == wanted[processes]
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_stop_at_random_moments(seed, images, tmp_path, forked, wanted):
     check_stop_at_random(seed, images, tmp_path, forked, wanted)
@@ -197,7 +159,8 @@ def test_stop_at_random_moments(seed, images, tmp_path, forked, wanted):
 LONG = {**OPTIONS, "epochs": 400, "batch_size": 3, "workers": 1}
 
 
-@pytest.mark.parametrize("how", ["SIGTERM to torchrun", "SIGINT to torchrun", "kill -9 of a worker", "kill -9 of torchrun"])
+@pytest.mark.parametrize("how", ["SIGTERM to torchrun", "SIGINT to torchrun", "kill -9 of a worker",
+                                 "kill -9 of torchrun"])
 def test_torchrun(how, images, tmp_path, train):
     run = train(2, data_dir=images, save_dir=tmp_path, **LONG)
     wait_for_step(tmp_path / "run", 8, run)
@@ -228,8 +191,9 @@ def test_torchrun_restarts_by_itself(images, tmp_path, start, wanted):
     options = {**TINY, **options_of(images, tmp_path, 2)}
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    run = start(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
-                program, *flags(**options), env={"PYTHONPATH": os.path.dirname(__file__)}).finish(90)
+    words = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"
+    env = {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])}
+    run = start(sys.executable, *words, program, *flags(**options), env=env).finish(90)
     assert run.code == 0, run.err
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     assert kinds.count("start") == 1 and kinds.count("resume") == 1
@@ -245,7 +209,7 @@ def test_a_process_that_never_joins(images, tmp_path, start):
     env = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     run = start(sys.executable, "-m", "llb.train", *words, env=env).finish(60)
     assert run.code == 2, run.err
-    assert [line for line in run.err.splitlines() if line.startswith("error: The 2 processes did not all meet within 3 s")]
+    assert [line for line in run.err.splitlines() if line.startswith("error: The 2 processes did not all")]
 
 
 # Another number of processes
@@ -262,11 +226,11 @@ def lines_of(folder): return sorted(line for f in folder.iterdir() for line in f
 @pytest.mark.parametrize("before,after", [(2, 1), (1, 2)])
 def test_resume_with_another_number_of_processes(before, after, images, tmp_path, forked):
     "The global batch stays: the same images and pixels in each step; parameters agree up to rounding (measured: 3e-6)."
-    options, seen = dict(data_dir=images, save_dir=tmp_path), {name: tmp_path / f"seen-{name}" for name in ("whole", "run")}
+    options, seen = dict(data_dir=images, save_dir=tmp_path), {n: tmp_path / f"seen-{n}" for n in ("whole", "run")}
     for folder in seen.values(): folder.mkdir()
     trained(forked, before, (seen_images, str(seen["whole"])), name="whole", **options)
     trained(forked, before, (seen_images_and_stop, str(seen["run"]), 9), name="run", **options)
-    trained(forked, after, (seen_images, str(seen["run"])), name="run", resume=True, **{**options, "batch_size": 6 // before})
+    trained(forked, after, (seen_images, str(seen["run"])), name="run", resume=True, **options)
     whole, run = (lines_of(folder) for folder in seen.values())
     assert whole == run and len(whole) == 3 * 7 * 6
     a, b = (load_file(tmp_path / n / "model/model.safetensors") for n in ("whole", "run"))
@@ -290,7 +254,8 @@ def test_other_numbers_of_processes_see_the_same_pixels(images):
     for size in 1, 2, 3:
         loaders = [make_loader(dataset, TrainBatches(len(train), 6, 5, rank, size)) for rank in range(size)]
         steps[size] = [{int(i): hashlib.sha256(x.numpy().tobytes()).hexdigest()
-                        for batch in batches for i, x in zip(batch["index"], batch["image"])} for batches in zip(*loaders)]
+                        for batch in batches for i, x in zip(batch["index"], batch["image"])}
+                       for batches in zip(*loaders)]
     assert steps[1] == steps[2] == steps[3] and len(steps[1]) == 7 and all(len(s) == 6 for s in steps[1])
 
 
