@@ -45,6 +45,13 @@ def images(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("images") / "shapes")
 
 
+@pytest.fixture(scope="session")
+def clipart():
+    "The images of the bundled validation split."
+    from llb.data.splits import load_data
+    return load_data(ROOT / "data" / "openclipart").val
+
+
 NASTY = "<img src=x onerror=alert(1)>", "$a$ & \"b\"", "c" * 200, "d\u0000e"   # class names from anyone
 
 
@@ -67,8 +74,8 @@ def nasty_index(small_llb, tmp_path_factory):
 
     import torch
 
+    from llb.analysis.build import build_index
     from llb.analysis.effects import build_effects
-    from llb.analysis.index import build_index
     from llb.core.distributed import Runtime
     from llb.data.splits import load_data
     from llb.training.inputs import scoring_loader
