@@ -21,8 +21,8 @@ from safetensors.numpy import load_file
 from .html import figure_html, table_html
 from ..core.errors import InputError
 from ..plots.charts import as_columns, plot_perplexity_over_time, plot_training_curves
-from ..plots.maps import by_importance, draw_map, legend_entries, object_colours, show_image
-from ..plots.style import INK, plain_text, SMALL
+from ..plots.maps import by_importance, legend_entries, object_colours, plot_image, plot_map, SWATCHES
+from ..plots.style import plain_text, TEXT, TITLE
 from ..runs.config import Config
 from ..runs.folder import RunReader
 from ..runs.processes import attach, Run, RunState, start
@@ -73,12 +73,12 @@ def _snapshot_column(
     class_name:Callable[[int], str]
 ):
     "An image, and below it how each epoch has assigned its patches."
-    show_image(axes[0], image, maps[0]["grid"])
-    axes[0].set_title(f"true: {class_name(label)}", fontsize=SMALL, color=INK)
+    plot_image(image, maps[0]["grid"], axes[0])
+    axes[0].set_title(f"true: {class_name(label)}", **TEXT)
     for ax, seen in zip(axes[1:], maps):
-        draw_map(ax, image, seen["objects"], seen["probability"], colours, 4)
+        plot_map(image, seen["objects"], seen["probability"], colours, 4, ax)
         right = "✓" if seen["label_prediction"] == label else "✗"
-        ax.set_title(f"label: {class_name(seen['label_prediction'])} {right}", fontsize=SMALL, color=INK)
+        ax.set_title(f"label: {class_name(seen['label_prediction'])} {right}", **TEXT)
 
 def _maps_of(seen:dict, m:int)->dict:
     "What a snapshot holds about one image."
@@ -101,10 +101,9 @@ def figure_of_snapshots(
     for m, (image, label) in enumerate(zip(shown["image"] / 255, shown["label"])):
         maps = [_maps_of(seen, m) for seen in epochs.values()]
         _snapshot_column(axes[:, m], image, int(label), maps, colours, lambda i: plain_text(classes[i], 16))
-    for ax, epoch in zip(axes[1:, 0], epochs): ax.set_ylabel(f"epoch {epoch}", fontsize=SMALL + 1, color=INK)
+    for ax, epoch in zip(axes[1:, 0], epochs): ax.set_ylabel(f"epoch {epoch}", **TITLE)
     figure.legend(handles=legend_entries(last["objects"], colours, rows=8), ncols=9, loc="outside lower center",
-                  title=f"object, fraction of the patches after epoch {list(epochs)[-1]}", fontsize=SMALL,
-                  title_fontsize=SMALL, frameon=False, handlelength=1.2, handleheight=1.1)
+                  title=f"object, fraction of the patches after epoch {list(epochs)[-1]}", **SWATCHES)
     return figure
 
 # %% ../../nbs/8_apps/84_monitor.ipynb #11691022
