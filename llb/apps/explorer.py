@@ -17,15 +17,16 @@ import numpy as np
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
 
-from ..analysis.effects import build_effects, EFFECTS_FILE, effects_of_run, open_effects
-from ..analysis.index import build_index, ObjectIndex
+from ..analysis.build import build_index
+from ..analysis.effects import build_effects, effects_of_run
+from ..analysis.index import ObjectIndex, open_effects
 from ..analysis.catalog import (Catalog, cell_images, find_objects, gallery_rows, KINDS, object_line, objects_of,
                                   open_notes, ORDERS, read_link)
 from .cards import gallery_page, object_html, prediction_html
 from .figures import (colours_of, figure_of_branches, figure_of_class, figure_of_image, figure_of_object,
                               save_figure, tiles_of)
 from .html import figure_html, table_html
-from .widgets import PatchPicker, TileSheet
+from .widgets import PatchPicker, TileGallery
 from ..core.distributed import pick_device, Runtime
 from ..core.errors import InputError
 from ..core.files import read_json
@@ -33,7 +34,7 @@ from ..data.images import ImageList
 from ..models.llb import LLB
 from ..training.inputs import scoring_loader
 from ..plots.galleries import sheet, tile
-from ..plots.maps import colour_of, label_places, top_objects
+from ..plots.maps import colour_of, id_positions, top_objects
 
 # %% ../../nbs/8_apps/85_explorer.ipynb #45b3cef7
 def open_catalog(
@@ -44,9 +45,8 @@ def open_catalog(
 )->Catalog:
     "Open a run's index, or look a model's images through. Raises `InputError` for what cannot be explored."
     if isinstance(what, ObjectIndex):
-        path = what.rows.path.parent
-        effects = open_effects(what) if (path / EFFECTS_FILE).is_file() else None
-        return Catalog(what, effects, open_notes(path.parent, what.info["model"]), name=path.name)
+        notes = open_notes(what.folder.parent, what.info["model"])
+        return Catalog(what, open_effects(what), notes, name=what.folder.name)
     if isinstance(what, LLB):
         if not isinstance(dataset, ImageList): raise InputError("A model is explored on images; give them too, such as load_data(folder).val.")
         folder, runtime = Path(folder or tempfile.mkdtemp(prefix="llb-")) / "model", Runtime(pick_device(device))
@@ -91,10 +91,10 @@ class ImagePart:
         index, picker = catalog.index, self.picker
         objects, p = index.map(i)
         truth = index.classes[catalog.labels[i]]
-        places = label_places(top_objects((objects, p), index.grid)[0], (.07 * index.grid[1], .12 * index.grid[0] / 2), 12)
+        positions = id_positions(top_objects((objects, p), index.grid)[0], (.07 * index.grid[1], .12 * index.grid[0] / 2), 12)
         with picker.hold_sync():
             picker.objects, picker.confidence, picker.fills = objects.tolist(), np.round(p, 3).tolist(), self.fills(i)
-            picker.places, picker.patch, picker.chosen, picker.number = [list(x) for x in places], patch, object_id, i
+            picker.positions, picker.patch, picker.chosen, picker.number = [list(x) for x in positions], patch, object_id, i
             picker.label = f"Image {i}, {truth}: map of {index.grid[0]} by {index.grid[1]} patches; arrow keys choose a patch"
             picker.image = sheet([catalog.album[i]], 1, "png")
         self.number.value = i
@@ -111,7 +111,7 @@ class ObjectPart:
         self.link = widgets.Text(description="open", placeholder=explorer.catalog.link(12), continuous_update=False, style=_WIDE, layout=widgets.Layout(width="17em"))
         self.name = widgets.Text(description="name", placeholder="what it is, in your words", continuous_update=False, style=_WIDE, layout=widgets.Layout(width="17em"))
         self.pin = widgets.Button(description="pin", tooltip="Keep this object at hand", layout=widgets.Layout(width="auto"))
-        self.numbers, self.sheet = widgets.HTML(), TileSheet()
+        self.numbers, self.sheet = widgets.HTML(), TileGallery()
         self.link.observe(lambda change: change["new"] and explorer.act(explorer.open, change["new"]), "value")
         self.name.observe(lambda change: explorer.act(explorer.name, change["new"]), "value")
         self.pin.on_click(lambda _: explorer.act(explorer.pin))
@@ -196,7 +196,7 @@ class BranchPart:
         self.forward_with_tokens = widgets.Button(description="count", tooltip="Compare the predictions of both branches for all images")
         self.cell = widgets.ToggleButtons(options=[(text, name) for name, text in CELLS.items()], value="only_label", disabled=True)
         self.more, self.page = widgets.Button(description="other images", disabled=True), 0
-        self.table, self.sheet = widgets.HTML(), TileSheet()
+        self.table, self.sheet = widgets.HTML(), TileGallery()
         self.forward_with_tokens.on_click(lambda _: explorer.act(self.turn, 0))
         self.more.on_click(lambda _: explorer.act(self.turn, self.page + 1))
         self.cell.observe(lambda _: explorer.act(self.turn, 0), "value")
@@ -364,7 +364,7 @@ class Explorer:
         folder:str|Path|None=None # None for `exports` beside the index
     )->Path:
         "Write a view to a file."
-        folder, catalog = Path(folder or self.catalog.index.rows.path.parent.parent / "exports"), self.catalog
+        folder, catalog = Path(folder or self.catalog.index.folder.parent / "exports"), self.catalog
         which = {"image": self.i, "object": self.object, "class": self.class_part.choice.value}.get(view, "")
         path = folder / f"{catalog.name}-{view}{f'-{which}' if which != '' else ''}.{kind}"
         if view != "gallery": return save_figure(self.draw(view), path)

@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from ..analysis.catalog import Catalog, cell_images, classes_of, colours_in, gallery_rows, objects_of, predictions
 from ..analysis.exemplars import Exemplars
 from ..core.errors import InputError
-from ..plots.charts import plot_training_curves, ranked_bars
+from ..plots.charts import plot_bars, plot_training_curves
 from ..plots.galleries import plot_gallery, tile, TileRow
-from ..plots.maps import plot_assignment_map, show_image
-from ..plots.style import BLUE, decorate, GREEN, INK, OKABE_ITO, ORANGE, plain_text, SMALL
+from ..plots.maps import plot_assignment_map, plot_image
+from ..plots.style import BLUE, decorate, GREEN, HEADING, INK, OKABE_ITO, ORANGE, plain_text, SMALL, TEXT, TITLE
 from ..runs.folder import RunReader
 
 # %% ../../nbs/8_apps/82_figures.ipynb #432df9be
@@ -62,7 +62,7 @@ def _plot_predictions(
         ax.barh(y, [p for _, p in likeliest[:3]], color=colour, alpha=.45, height=.8)
         for j, (name, p) in zip(y, likeliest):
             mark = " ✓" if name == truth else ""
-            ax.text(.02, j, f"{plain_text(name, 18)} {p:.2f}{mark}", va="center", fontsize=SMALL, color=INK)
+            ax.text(.02, j, f"{plain_text(name, 18)} {p:.2f}{mark}", va="center", **TEXT)
     names = [*list(found)[:2], f"fused,\nalpha {alpha:.2f}"]
     ax.set(xlim=(0, 1), ylim=(11, -1), yticks=[1, 5, 9], yticklabels=names)
     decorate(ax, "probability of the three likeliest classes", "scale 0 to 1")
@@ -78,13 +78,13 @@ def figure_of_image(
     figure = Figure(figsize=(10, 3.9), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, .9))
     image, objects = catalog.album[i] / 255, index.map(i)[0]
-    show_image(left, image, index.grid)
-    left.set_title(f"true: {plain_text(truth)}", fontsize=SMALL + 1, color=INK)
+    plot_image(image, index.grid, left)
+    left.set_title(f"true: {plain_text(truth)}", **TITLE)
     plot_assignment_map(image, index.map(i), index.grid, colours_of(catalog, i), middle)
-    middle.set_title("object of each patch; opacity: p", fontsize=SMALL + 1, color=INK)
+    middle.set_title("object of each patch; opacity: p", **TITLE)
     if object_id is not None:
         here = f"{catalog.title(object_id)}: {(objects == object_id).sum()} patches here"
-        middle.set_xlabel(plain_text(here, 60), fontsize=SMALL, color=INK)
+        middle.set_xlabel(plain_text(here, 60), **TEXT)
     _plot_predictions(right, predictions(catalog, i, alpha, 3), truth, alpha)
     return _caption(figure, catalog, f"Image {i} ({index.images.files[i]}), {objects.size} patches.")
 
@@ -115,12 +115,12 @@ def figure_of_class(
     for ax, (by, unit), colour in zip(figure.subplots(1, 2), units.items(), (BLUE, ORANGE)):
         measured = by == "lift" or catalog.class_effects is not None
         uses = objects_of(catalog, c, by, count) if measured else []
-        names = [plain_text(catalog.title(use.object_id).removeprefix("object "), 20) for use in uses]
-        if uses: ranked_bars(ax, np.array([use.value for use in uses]), names, colour)
-        else: ax.text(.5, .5, "not measured", transform=ax.transAxes, ha="center", fontsize=SMALL, color=INK)
+        names = [catalog.title(use.object_id).removeprefix("object ") for use in uses]
+        if uses: plot_bars([use.value for use in uses], names, colour, ax=ax)
+        else: ax.text(.5, .5, "not measured", transform=ax.transAxes, ha="center", **TEXT)
         decorate(ax, f"by {by}", unit, "object")
     name, images = catalog.index.classes[c], int(catalog.index.class_count[c])
-    figure.suptitle(plain_text(name, 60), fontsize=SMALL + 2, color=INK)
+    figure.suptitle(plain_text(name, 60), **HEADING)
     return _caption(figure, catalog, f"Class {name}: {images} images; objects with five of them or more.")
 
 # %% ../../nbs/8_apps/82_figures.ipynb #ba171b44

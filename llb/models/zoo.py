@@ -26,10 +26,14 @@ class Family:
     @property
     def rule(self)->str: # for people
         "How position embeddings are resampled."
-        corners = ", corners aligned" if self.resampling.get("align_corners") else ""
-        return self.resampling.get("interpolation", "bicubic") + (", antialiased" if self.resampling.get("antialias", True) else "") + corners
+        words = [self.resampling.get("interpolation", "bicubic")]
+        if self.resampling.get("antialias", True): words.append("antialiased")
+        if self.resampling.get("align_corners"): words.append("corners aligned")
+        return ", ".join(words)
 
-_HALF, _IMAGENET = dict(mean=(.5, .5, .5), std=(.5, .5, .5)), dict(mean=(.485, .456, .406), std=(.229, .224, .225))
+# %% ../../nbs/2_models/20_zoo.ipynb #6a9b2f30
+_HALF = dict(mean=(.5, .5, .5), std=(.5, .5, .5))
+_IMAGENET = dict(mean=(.485, .456, .406), std=(.229, .224, .225))
 FAMILIES = {
     "timm": Family(),
     "augreg": Family(**_HALF, crop_pct=.9),
@@ -57,21 +61,17 @@ class Method:
     def key(self)->str: # name for `load_backbone`
         return f"{self.name}/{self.size}"
 
-    @property
-    def mean(self)->tuple[float, float, float]: return FAMILIES[self.family].mean
-
-    @property
-    def std(self)->tuple[float, float, float]: return FAMILIES[self.family].std
-
 # %% ../../nbs/2_models/20_zoo.ipynb #12589e56
 _PATCH = {"Tiny": 16, "Small": 16, "Base": 16, "Large": 16, "Huge": 14}
 _CLASSES = {"in1k": ("ImageNet", 1000), "plc365": ("Places365", 365), "inat18": ("iNat18", 8142)}
 _MAE = {"Base": "1b25e9", "Large": "51f550", "Huge": "2541f2"}
-_SWAG = {"Base": ("vit_b_16_swag", "9ac1b537", 384), "Large": ("vit_l_16_swag", "4f3808c9", 512), "Huge": ("vit_h_14_swag", "80465313", 518)}
+_SWAG = {"Base": ("vit_b_16_swag", "9ac1b537", 384), "Large": ("vit_l_16_swag", "4f3808c9", 512),
+         "Huge": ("vit_h_14_swag", "80465313", 518)}
 
 def _augreg(size:str)->Method:
     arch = f"vit_{size.lower()}_patch16_224.augreg_in21k_ft_in1k"
-    return Method("timm_augreg_in21k_ft_in1k", size, "augreg", arch, 224, "ImageNet", 1000, "Apache-2.0", f"https://huggingface.co/timm/{arch}", None)
+    return Method("timm_augreg_in21k_ft_in1k", size, "augreg", arch, 224, "ImageNet", 1000, "Apache-2.0",
+                  f"https://huggingface.co/timm/{arch}", None)
 
 def _fine_tuned(family:str, size:str, dataset:str)->Method:
     "A method of MAE or SWAG; only those fine-tuned on ImageNet are published."
@@ -82,16 +82,18 @@ def _fine_tuned(family:str, size:str, dataset:str)->Method:
         stem, prefix, pixels = _SWAG[size]
         name, digest, address = f"swag_ig_ft_{dataset}", f"sha256:{prefix}", f"https://download.pytorch.org/models/{stem}-{prefix}.pth"
     if dataset != "in1k": address = digest = None
-    return Method(name, size, family, f"vit_{size.lower()}_patch{_PATCH[size]}_224", pixels, *_CLASSES[dataset], "CC-BY-NC-4.0", address, digest)
+    arch = f"vit_{size.lower()}_patch{_PATCH[size]}_224"
+    return Method(name, size, family, arch, pixels, *_CLASSES[dataset], "CC-BY-NC-4.0", address, digest)
 
-METHODS = {m.key: m for m in (*map(_augreg, ("Tiny", "Small", "Base", "Large")),
-                              *(_fine_tuned(f, s, d) for f in ("mae", "swag") for d in _CLASSES for s in ("Base", "Large", "Huge")))}
+_ALL = [_augreg(size) for size in ("Tiny", "Small", "Base", "Large")]
+_ALL += [_fine_tuned(f, size, d) for f in ("mae", "swag") for d in _CLASSES for size in ("Base", "Large", "Huge")]
+METHODS = {m.key: m for m in _ALL}
 
 # %% ../../nbs/2_models/20_zoo.ipynb #fcc5f3c2
 def find_method(
     name:str # "mae_in1k_ft_in1k/Large"; without a size, Base is meant
 )->Method|None: # None when the name is not one of the release's
-    "Look up a method of the release. Raises `InputError` for a size it does not have, and for a size behind a misspelt name."
+    "Find a method of the release by name. Raises `InputError` for a size it does not have, and for a size behind a misspelt name."
     stem, _, size = name.lower().partition("/")
     sizes = {m.size.lower(): m for m in METHODS.values() if m.name == stem}
     if (size or "base") in sizes: return sizes[size or "base"]
@@ -108,6 +110,7 @@ def how_to_make(
 )->str: # sentences with the two commands
     "What to do to get a backbone that nobody released."
     base = method.name.rsplit("_", 1)[0] + "_in1k"
-    return (f"The backbone {method.key} was never published by anyone. Make it: llb train --objective visual --method {base} --vit_size {method.size} "
-            f"--dataset {method.dataset} --data_dir DATA --save_dir RUNS --save; then pass the file it writes with --encoder_weight FILE "
-            "(in Python: checkpoint=FILE), or try the code with a random backbone (--random_backbone, pretrained=False).")
+    train = f"llb train --objective visual --method {base} --vit_size {method.size} --dataset {method.dataset}"
+    return (f"The backbone {method.key} was never published by anyone. Make it: {train} --data_dir DATA --save_dir RUNS --save; "
+            "then pass the file it writes with --encoder_weight FILE (in Python: checkpoint=FILE), or try the code with a random "
+            "backbone (--random_backbone, pretrained=False).")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from ..core.errors import InputError
-from .style import INK, plain_text, SMALL
+from .style import HEADING, INK, plain_text, SMALL, TEXT
 
 # %% ../../nbs/6_plots/63_galleries.ipynb #986372e6
 TILE = 88 # pixels a side
@@ -92,11 +92,11 @@ def plot_gallery(
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for ax in axes.flat: _empty(ax)
     for line, row in zip(axes, rows):
-        line[0].set_ylabel(plain_text(row.name, 22), fontsize=SMALL, color=INK)
+        line[0].set_ylabel(plain_text(row.name, 22), **TEXT)
         for ax, shown, caption in zip(line, row.tiles, row.captions):
             ax.imshow(shown)
             ax.set_xlabel(plain_text(caption, 14), fontsize=SMALL - 1, color=INK)
-    figure.suptitle(plain_text(title, 100), fontsize=SMALL + 2, color=INK)
+    figure.suptitle(plain_text(title, 100), **HEADING)
     return axes
 
 def _empty(ax:Axes):
