@@ -62,11 +62,11 @@ def build_images(
     folder:Path|None=None, # where such stores are kept; None for the cache
     workers:int=0          # loader processes, per process
 )->ImageStore:
-    "Open the cache of these images, adding what is missing. Raises `InputError` without disk space, `UnreadableImage` for an unreadable image."
+    "Open the cache of these images, adding what is missing. Raises `UnreadableImage`, and `InputError` without disk space."
     def opened()->ArrayStore:
         columns = {"image": ("uint8", (3, *preprocessing.image_size))}
-        return open_store(folder or cache_dir() / "images", image_layout(images, preprocessing), columns, len(images),
-                          "image cache (--cache_images)")
+        layout = image_layout(images, preprocessing)
+        return open_store(folder or cache_dir() / "images", layout, columns, len(images), "image cache (--cache_images)")
     def fill(store:ArrayStore, batches:list[range]):
         keys = [[(0, row) for row in rows] for rows in batches]
         for batch in progress(make_loader(ImageDataset(images, Geometry(preprocessing)), keys, workers), desc="image cache"):
@@ -78,7 +78,7 @@ class StoredImages(Dataset):
     "Images as bytes under the keys of `ImageDataset`; augmentation, where there is one, from the same random numbers."
     def __init__(self,
         images:ImageList,              # a split
-        source:ImageStore|Geometry,    # where its bytes come from: a cache of these and perhaps more images, or their files
+        source:ImageStore|Geometry,    # a cache of these and perhaps more images, or how their files become bytes
         augment:RandAugment|None=None,
         seed:int=0                     # of the augmentation
     ):
@@ -90,7 +90,8 @@ class StoredImages(Dataset):
     def __getitem__(self, key:tuple[int, int])->dict: # epoch, index
         "A dict of `image` [3,H,W] uint8, `label` and `index`."
         epoch, index = key
-        pixels = self.source(self.images.open(index)) if self.rows is None else self.source.get(self.rows[index])
+        if self.rows is None: pixels = self.source(self.images.open(index))
+        else: pixels = self.source.get(self.rows[index])
         if self.augment:
             generator = torch.Generator().manual_seed(seed_from(self.seed, "augment", epoch, index))
             pixels = self.augment(pixels, generator)
