@@ -52,7 +52,7 @@ def effect_text(catalog:Catalog, object_id:int, i:int)->str:
     if found is None:
         count = catalog.effects["objects"].shape[1]
         return f"Its effect here was not measured: it is not among the image's {count} largest objects."
-    return (f"Ablating it in this image lowers the label logit of {catalog.class_of(i)!r} by {found.drop:+.2f}; "
+    return (f"Ablating it in this image lowers the label logit of {catalog.class_of(i)!r} by {found.effect:+.2f}; "
             f"ablating as much at random, by {found.random:+.2f}.")
 
 def object_html(
@@ -65,7 +65,7 @@ def object_html(
     index, k = catalog.index, int(object_id)
     objects, p = index.map(i)
     row, column = divmod(patch or 0, index.grid[1])
-    rows = [[use.name, f"{use.lift:.2f}", f"{use.images:,}", "not measured" if np.isnan(use.drop) else f"{use.drop:+.2f}"]
+    rows = [[use.name, f"{use.lift:.2f}", f"{use.images:,}", "not measured" if np.isnan(use.effect) else f"{use.effect:+.2f}"]
             for use in classes_of(catalog, k)]
     return render("object.html", title=catalog.title(k), link=catalog.link(k), i=i, patch=patch, row=row, column=column,
                   p=p[patch or 0], here=p[objects == k].tolist(), effect=effect_text(catalog, k, i),

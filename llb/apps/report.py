@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
 from ..analysis.catalog import Catalog, find_objects
+from ..analysis.build import index_run, index_scores
 from ..analysis.effects import effects_of_run
-from ..analysis.index import index_run
-from ..analysis.usage import index_scores, summarise
+from ..analysis.usage import summarise
 from .cards import object_card, results_html
 from .figures import figure_of_training, save_figure
 from .html import figure_html, render
@@ -82,13 +82,13 @@ def comparisons(run:RunReader)->list[tuple[str, str, PairedDifference]]:
 
 def effect_numbers(catalog:Catalog)->dict[str, float]: # logits; `half` is half a 95 % interval, `outside` a fraction
     "How much the label's logit changes without an object, beside ablating as much at random."
-    drop, random = (np.asarray(catalog.effects[name]) for name in ("drop", "random"))
-    each = np.abs(drop).mean(1) - np.abs(random).mean(1)
+    effect, random = (np.asarray(catalog.effects[name]) for name in ("effect", "random"))
+    each = np.abs(effect).mean(1) - np.abs(random).mean(1)
     low, high = np.quantile(random, [.025, .975])
-    return {"objects": drop.shape[1], "images": len(each), "count": drop.size,
-            "size": np.abs(drop).mean(), "random": np.abs(random).mean(),
+    return {"objects": effect.shape[1], "images": len(each), "count": effect.size,
+            "size": np.abs(effect).mean(), "random": np.abs(random).mean(),
             "difference": each.mean(), "half": 1.96 * each.std() / np.sqrt(len(each)),
-            "outside": ((drop < low) | (drop > high)).mean()}
+            "outside": ((effect < low) | (effect > high)).mean()}
 
 # %% ../../nbs/8_apps/86_report.ipynb #9f40896c
 def chosen_objects(
