@@ -32,11 +32,11 @@ def _check_files(
         there = os.listdir(path) if path.is_dir() else ()
         missing += [f"{folder}/{name}" for name in sorted(names.difference(there))]
     if missing:
-        raise InputError(f"{len(missing)} of {len(images)} listed images are not in {images.root}, {missing[0]} for one; "
-                         "unpack their archive there, or correct --data_dir.")
+        raise InputError(f"{len(missing)} of {len(images)} listed images are not in {images.root}, {missing[0]} for "
+                         "one; unpack their archive there, or correct --data_dir.")
 
 def _from_rows(root:Path, rows:list[tuple[str, int]], classes:tuple[str, ...], source:str)->ImageList:
-    "Images from (file, label) pairs, by file name. Raises `InputError` for no images, or missing ones."
+    "Images from (file, label) pairs, by file name. Raises `InputError` for none, or missing ones."
     if not rows: raise InputError(f"{root / source} lists no images.")
     names, labels = zip(*sorted(rows))
     images = ImageList(root, names, labels, classes, names)
@@ -163,7 +163,7 @@ def read_places365(root:Path)->tuple[ImageList, ImageList]: # train, val
 
 # %% ../../nbs/1_data/12_datasets.ipynb #d727a6a7
 def _read_annotations(path:Path)->tuple[dict, dict, list]:
-    "Files by image id, names by category id, (image id, category id) pairs. Raises `InputError` unless in COCO's style."
+    "Files by image id, names by category id, pairs of image and category id. Raises `InputError` for another layout."
     if not path.is_file():
         raise InputError(f"There is no {path.name} in {path.parent}; iNaturalist 2018 has train2018.json and "
                          "val2018.json.")
@@ -205,8 +205,8 @@ def read_inat18(root:Path)->tuple[ImageList, ImageList]: # train, val
             _from_rows(root, _join(val_path, val, names, val_pairs), classes, val_path.name))
 
 # %% ../../nbs/1_data/12_datasets.ipynb #ac1451f8
-_here = Path(__file__).parent if "__file__" in globals() else Path()   # two folders below the repository's
-BUNDLED = _here.parents[1] / "data" / "openclipart" if "__file__" in globals() else Path("../../data/openclipart")
+_HERE = globals().get("__file__", "../../llb/data/datasets.py")   # in the notebook, where the module will be
+BUNDLED = Path(_HERE).resolve().parents[2] / "data" / "openclipart"
 
 @dataclass(frozen=True)
 class _Official:
@@ -229,8 +229,8 @@ def dataset_name(
     known = _ALIASES.get(name.lower(), name.lower())
     if known in (*_OFFICIAL, "imagefolder", "openclipart"): return known
     names = ", ".join(official.name for official in _OFFICIAL.values())
-    raise InputError(f"Unknown data set {name!r}; there are {names}, ImageFolder (a folder of your own) and openclipart "
-                     "(comes with this project).")
+    raise InputError(f"Unknown data set {name!r}; there are {names}, ImageFolder (a folder of your own) and "
+                     "openclipart (comes with this project).")
 
 # %% ../../nbs/1_data/12_datasets.ipynb #e99be475
 def _folder_of(name:str, data_dir:str|Path|None)->Path:
@@ -247,7 +247,8 @@ def _folder_of(name:str, data_dir:str|Path|None)->Path:
 
 def _load_official(official:_Official, root:Path, num_classes:int|None, selection_fraction:float, seed:int)->Data:
     if not root.is_dir():
-        raise InputError(f"There is no folder {str(root)!r}; --data_dir must name the folder that holds {official.name}.")
+        raise InputError(f"There is no folder {str(root)!r}; --data_dir must name the folder that holds "
+                         f"{official.name}.")
     train, val = official.read(root)
     check_labels(train, num_classes or official.num_classes)
     if num_classes is None and (len(train), len(val)) != (official.train, official.val):

@@ -62,15 +62,16 @@ def build_images(
     folder:Path|None=None, # where such stores are kept; None for the cache
     workers:int=0          # loader processes, per process
 )->ImageStore:
-    "Open the cache of these images, adding what is missing. Raises `UnreadableImage`, and `InputError` without disk space."
+    "Open the cache of these images, adding what is missing. Raises `UnreadableImage`, `InputError` without disk space."
     def opened()->ArrayStore:
         columns = {"image": ("uint8", (3, *preprocessing.image_size))}
         layout = image_layout(images, preprocessing)
-        return open_store(folder or cache_dir() / "images", layout, columns, len(images), "image cache (--cache_images)")
+        root = folder or cache_dir() / "images"
+        return open_store(root, layout, columns, len(images), "image cache (--cache_images)")
     def fill(store:ArrayStore, batches:list[range]):
         keys = [[(0, row) for row in rows] for rows in batches]
-        for batch in progress(make_loader(ImageDataset(images, Geometry(preprocessing)), keys, workers), desc="image cache"):
-            store.put(batch["index"], image=batch["image"].numpy())
+        loader = make_loader(ImageDataset(images, Geometry(preprocessing)), keys, workers)
+        for batch in progress(loader, desc="image cache"): store.put(batch["index"], image=batch["image"].numpy())
     return ImageStore(build_store(opened, fill), images.files)
 
 # %% ../../nbs/1_data/16_image_cache.ipynb #5b333fd5

@@ -89,7 +89,7 @@ def load_data(
     selection_fraction:float=0.15, # cut from the training images
     seed:int=0                     # of that cut
 )->Data:
-    "List a user's folder; without train/ and val/ a fifth, always the same, becomes val. Raises `InputError` for a bad one."
+    "List a user's folder; without train/ and val/ a fifth, always the same, is val. Raises `InputError` for a bad one."
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"There is no folder {str(root)!r}; --data_dir must name a folder of class folders.")

@@ -97,7 +97,7 @@ def build_tokens(
     dataset:Dataset|None=None, # where the images are read; None for their files
     views:int=0, seed:int=0    # see `token_layout`; `dataset` then augments
 )->TokenStore:
-    "Open the stored features of these images, computing those that are missing. Raises `InputError` without disk space."
+    "Open the stored features of these images, computing what is missing. Raises `InputError` without disk space."
     dataset = dataset or ImageDataset(images, backbone.transform(train=views > 0), seed)
     def opened()->ArrayStore:
         layout = token_layout(backbone, layer, images, runtime.amp, views, seed, getattr(dataset, "augment", None))
