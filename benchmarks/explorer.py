@@ -6,19 +6,16 @@ Prints milliseconds from a click to everything being sent to the page, first for
 The browser's own part is not in it: see tests/test_browser_explorer.py.
 """
 import argparse
-import json
 import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from llb.analysis.effects import EFFECTS_FILE
+from llb.analysis.effects import new_effects
 from llb.analysis.exemplars import PatchSample
-from llb.analysis.index import ObjectIndex, open_index
-from llb.core.arrays import Rows, RowWriter
+from llb.analysis.index import new_rows, ObjectIndex, open_index, save_index
 from llb.data.preprocessing import Preprocessing
 from llb.data.splits import load_data
 
@@ -30,39 +27,38 @@ def synthetic_index(folder:Path, images:int=50_000, objects:int=2048, classes:in
     clipart = load_data(Path(__file__).parent.parent / "data/openclipart").val
     files = [clipart.files[i % len(clipart)] for i in range(images)]
     own = rng.integers(0, objects, (classes, 12))                                   # the objects a class likes
-    writer, effects = RowWriter(folder / "images.safetensors"), RowWriter(folder / EFFECTS_FILE)
-    sums = {"patches": np.zeros(objects), "images": np.zeros(objects), "patch_entropy": np.zeros(objects), "class_patches": np.zeros((classes, objects)),
-            "class_images": np.zeros((classes, objects)), "together": np.zeros((objects, objects))}
-    top = PatchSample(objects, 128)
+    K, C, top = objects, classes, PatchSample(objects, 128)
+    preprocessing = asdict(Preprocessing((16 * grid[0], 16 * grid[1]), (.5,) * 3, (.5,) * 3))
+    info = {"model": f"synthetic{seed}", "settings": {"alpha": .5, "num_objects": K}, "backbone": "none", "grid": list(grid),
+            "preprocessing": preprocessing, "classes": [f"class {c}" for c in range(C)], "images": images, "fingerprint": "synthetic", "content": "synthetic",
+            "root": str(clipart.root.resolve())}
+    rows = new_rows(folder, info)
+    shapes = {"patches": (K,), "image_counts": (K,), "patch_entropy": (K,), "class_patches": (C, K), "class_images": (C, K), "together": (K, K),
+              "class_count": (C,), "object_visual": (K, dim), "object_label": (K, dim), "class_visual": (C, dim), "class_label": (C, dim)}
+    sums = {name: np.zeros(shape) for name, shape in shapes.items()}
     for part in np.array_split(np.arange(images), max(1, images // 1000)):
         label = rng.integers(0, classes, len(part))
         region = own[label][np.arange(len(part))[:, None], rng.integers(0, 12, (len(part), N // 4))].repeat(4, 1)
-        first = np.where(rng.random((len(part), N)) < .7, region, rng.integers(0, objects, (len(part), N))).astype(np.int16)
-        p = rng.beta(2, 2, (len(part), N)).astype(np.float16)
-        logits = {f"{who}_logits": (rng.normal(size=(len(part), classes)) + 4 * np.eye(classes)[label]).astype(np.float32) for who in ("visual", "label")}
-        writer.add(label=label.astype(np.int32), objects=region[:, :32:4].astype(np.int32), shares=np.full((len(part), 8), .1, np.float32), first=first,
-                   confidence=p, **logits)
-        effects.add(objects=region[:, :32:4].astype(np.int32), predicted=label.astype(np.int32),
-                    **{n: rng.normal(size=(len(part), 8)).astype(np.float32) for n in ("drop", "random", "predicted_drop")})
-        top.add(part, first, p.astype(np.float32))
+        first = np.where(rng.random((len(part), N)) < .7, region, rng.integers(0, objects, (len(part), N)))
+        p = rng.beta(2, 2, (len(part), N)).astype(np.float32)
+        logits = {f"{who}_logits": rng.normal(size=(len(part), C)) + 4 * np.eye(C)[label] for who in ("visual", "label")}
+        rows.put(part, label=label, objects=region[:, :32:4], fractions=np.full((len(part), 8), .1), first=first, confidence=p, **logits)
+        top.add(part, first, p)
         for f, y in zip(first, label):
             ids, counts = np.unique(f, return_counts=True)
-            sums["patches"][ids] += counts; sums["images"][ids] += 1
-            sums["class_patches"][y, ids] += counts; sums["class_images"][y, ids] += 1
+            sums["patches"][ids] += counts
+            sums["image_counts"][ids] += 1
+            sums["class_patches"][y, ids] += counts
+            sums["class_images"][y, ids] += 1
             sums["together"][np.ix_(ids[:20], ids[:20])] += 1
-    writer.close()
-    effects.close()
-    kept = top.exemplars()
-    arrays = {**sums, "mass": sums["patches"].copy(), "class_count": np.bincount(Rows(folder / "images.safetensors")["label"], minlength=classes).astype(float),
-              **{n: np.zeros((size, dim)) for n, size in (("object_visual", objects), ("object_label", objects), ("class_visual", classes), ("class_label", classes))},
-              **{f"{kind}.{n}": np.ascontiguousarray(getattr(kept, n)) for kind in ("top", "sample") for n in ("score", "image", "patch")}}
-    save_file(arrays, folder / "objects.safetensors")
-    (folder / "files.json").write_text(json.dumps(files))
-    preprocessing = asdict(Preprocessing((16 * grid[0], 16 * grid[1]), (.5,) * 3, (.5,) * 3))
-    info = {"model": f"synthetic{seed}", "settings": {"alpha": .5, "num_objects": objects}, "backbone": "none", "grid": list(grid), "preprocessing": preprocessing,
-            "classes": [f"class {c}" for c in range(classes)], "images": images, "fingerprint": "synthetic", "root": str(clipart.root.resolve())}
-    (folder / "index.json").write_text(json.dumps(info))
-    return open_index(folder)
+            sums["class_count"][y] += 1
+    save_index(folder, info, files, {**sums, "mass": sums["patches"].copy()}, top.exemplars(), top.exemplars())
+    index = open_index(folder)
+    effects = new_effects(folder / "effects", index, 8)
+    for part in np.array_split(np.arange(images), max(1, images // 1000)):
+        values = {name: rng.normal(size=(len(part), 8)) for name in ("effect", "random", "predicted_effect")}
+        effects.put(part, objects=index.rows["objects"][part], predicted=index.rows["label"][part], **values)
+    return index
 
 
 def timed(what, *args)->float: # milliseconds

@@ -8,8 +8,8 @@ from PIL import Image
 from sklearn.metrics import (adjusted_mutual_info_score, adjusted_rand_score, completeness_score, homogeneity_score, mutual_info_score)
 
 from llb.analysis.attention import attention_maps, class_attention, over_objects, rollout
+from llb.analysis.build import forward_with_tokens
 from llb.analysis.exemplars import at_quantile, Exemplars, PatchSample
-from llb.analysis.index import forward_with_tokens
 from llb.analysis.masks import (best_overlap, contingency, foreground_ari, information, mask_scores, masks_on_patches,
                                 miou_hungarian, miou_many_to_one, pnmi)
 from llb.analysis.scenes import cut_out, make_scenes

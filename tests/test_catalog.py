@@ -8,9 +8,10 @@ import pytest
 from conftest import NASTY
 
 from llb.analysis.catalog import Album, Catalog, cell_images, elsewhere, find_objects, Notes, objects_of
-from llb.analysis.effects import open_effects
-from llb.apps.cards import gallery_page, object_html, prediction_html, results_html
+from llb.analysis.index import open_effects
+from llb.apps.cards import gallery_page, object_html, prediction_html
 from llb.apps.figures import figure_of_branches, figure_of_class, figure_of_image, figure_of_object, save_figure
+from llb.apps.html import results_html
 from llb.core.errors import InputError
 
 
@@ -49,7 +50,7 @@ def test_effects_of_a_class_are_the_index_s(catalog):
     c, effects = 2, catalog.effects
     for use in objects_of(catalog, c, "effect", min_support=1):
         mine = (np.asarray(effects["objects"]) == use.object_id) & (catalog.labels == c)[:, None]
-        assert use.images == mine.sum() and np.isclose(use.value, np.asarray(effects["drop"])[mine].mean(), atol=1e-5)
+        assert use.images == mine.sum() and np.isclose(use.value, np.asarray(effects["effect"])[mine].mean(), atol=1e-5)
 
 
 def test_the_same_object_elsewhere_is_elsewhere(nasty_index):

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 @pytest.fixture
 def explorer(nasty_index):
-    for path in nasty_index.rows.path.parent.parent.glob("notes-*"): path.unlink()
+    for path in nasty_index.folder.parent.glob("notes-*"): path.unlink()
     return Explorer(nasty_index)
 
 
@@ -142,7 +142,7 @@ def test_a_click_takes_less_than_200_ms_of_work(big):
 
 @pytest.mark.slow
 def test_a_catalog_of_50_000_images_is_small(big):
-    most, _ = peak_memory(lambda: Catalog(open_index(big.rows.path.parent)))
+    most, _ = peak_memory(lambda: Catalog(open_index(big.folder)))
     assert most < 500, most   # MB: tables of K x K and C x K, not of images; the two tables of logits alone have 400
 
 

@@ -17,8 +17,9 @@ import numpy as np
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
 
-from ..analysis.effects import build_effects, EFFECTS_FILE, effects_of_run, open_effects
-from ..analysis.index import build_index, ObjectIndex
+from ..analysis.build import build_index
+from ..analysis.effects import build_effects, effects_of_run
+from ..analysis.index import ObjectIndex, open_effects
 from ..analysis.catalog import (Catalog, cell_images, find_objects, gallery_rows, KINDS, object_line, objects_of,
                                   open_notes, ORDERS, read_link)
 from .cards import gallery_page, object_html, prediction_html
@@ -44,9 +45,8 @@ def open_catalog(
 )->Catalog:
     "Open a run's index, or look a model's images through. Raises `InputError` for what cannot be explored."
     if isinstance(what, ObjectIndex):
-        path = what.rows.path.parent
-        effects = open_effects(what) if (path / EFFECTS_FILE).is_file() else None
-        return Catalog(what, effects, open_notes(path.parent, what.info["model"]), name=path.name)
+        notes = open_notes(what.folder.parent, what.info["model"])
+        return Catalog(what, open_effects(what), notes, name=what.folder.name)
     if isinstance(what, LLB):
         if not isinstance(dataset, ImageList): raise InputError("A model is explored on images; give them too, such as load_data(folder).val.")
         folder, runtime = Path(folder or tempfile.mkdtemp(prefix="llb-")) / "model", Runtime(pick_device(device))
@@ -364,7 +364,7 @@ class Explorer:
         folder:str|Path|None=None # None for `exports` beside the index
     )->Path:
         "Write a view to a file."
-        folder, catalog = Path(folder or self.catalog.index.rows.path.parent.parent / "exports"), self.catalog
+        folder, catalog = Path(folder or self.catalog.index.folder.parent / "exports"), self.catalog
         which = {"image": self.i, "object": self.object, "class": self.class_part.choice.value}.get(view, "")
         path = folder / f"{catalog.name}-{view}{f'-{which}' if which != '' else ''}.{kind}"
         if view != "gallery": return save_figure(self.draw(view), path)

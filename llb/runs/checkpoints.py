@@ -99,9 +99,9 @@ def load_checkpoint(
         raise InputError(f"The checkpoint {path} is damaged ({type(e).__name__}: {e}).") from e
 
 def checkpoints(folder:Path)->list[Path]: # oldest first
-    "The checkpoints of a run, whole or not; also those that a kill caught while they were being replaced."
+    "The checkpoints of a run, whole or not; also those a kill caught while they were being replaced."
     found = [*Path(folder).glob("step-????????"), *Path(folder).glob(".step-????????.*.old")]
-    return sorted(found, key=lambda path: path.name.lstrip("."))
+    return sorted(found, key=lambda p: (p.name.lstrip(".")[:13], not p.name.startswith(".")))   # replaced ones first
 
 def load_newest(
     folder:Path # checkpoints/ of a run

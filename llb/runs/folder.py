@@ -214,7 +214,8 @@ class RunWriter(_Checkpoints):
         trained = sum(p.numel() for p in model.branch.parameters())
         write_json(self.folder / "config.json", {
             "config": self.config.to_dict(), "environment": environment(),
-            "backbone": describe_backbone(model.backbone), **about_data, "processes": self.runtime.world_size, "global_batch": global_batch,
+            "backbone": describe_backbone(model.backbone), **about_data,
+            "processes": self.runtime.world_size, "global_batch": global_batch,
             "device": str(self.runtime.device), "trained_parameters": trained})
 
     def write(self, kind:str, step:int, **values):

@@ -107,7 +107,8 @@ _TEMPLATE = Path(__file__).with_name("job.sbatch") if "__file__" in globals() el
 def _one_line(name:str, text:str)->str:
     "Raises `InputError` for text that would not stay one quoted line of a script."
     if not text.isprintable() or '"' in text:
-        raise InputError(f"{name} is {text!r}, but a job script takes no line breaks, quotes or control characters there.")
+        raise InputError(f"{name} is {text!r}, but a job script takes no line breaks, quotes "
+                         "or control characters there.")
     return text
 
 def _fill(template:Path, **values)->str:
