@@ -100,7 +100,7 @@ class Forked:
     """
     def __init__(self, log, processes=1, patch=None, patch_rank=None, **options):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["llb.train"])
+        context.set_forkserver_preload(["llb.train", "llb.training.finetune", "llb.runs.cost"])
         self.log, self.ranks = Path(log), []
         common, argv = self._environment(processes), flags(**{**TINY, **options})
         for rank in range(processes):
