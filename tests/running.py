@@ -105,7 +105,7 @@ class Forked:
     "Tasks (a function and its arguments), each in a process that is forked, not started, and all of one group."
     def __init__(self, log, *tasks):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["llb.train"])
+        context.set_forkserver_preload(["llb.train", "llb.training.finetune", "llb.runs.cost"])
         self.log, self.ranks = Path(log), []
         for env, (task, *args) in zip(environment_of_ranks(len(tasks)), tasks):
             self.ranks.append(context.Process(target=_in_fork, args=(env, str(log), task, args)))

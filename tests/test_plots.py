@@ -158,7 +158,7 @@ def test_names_from_anyone_are_drawn_as_written():
         maps.plot_map_gallery(images, halves, (2, 2), NASTY, NASTY, NASTY, title=NASTY[0]),
         charts.plot_class_object_heatmap(np.eye(n), NASTY, NASTY),
         charts.plot_similarity_matrices(np.eye(n), np.eye(n), NASTY),
-        charts.plot_occlusion_bars([1., 2], [1, 2], [0., .1], label=NASTY[1]),
+        charts.plot_ablation_bars([1., 2], [1, 2], [0., .1], label=NASTY[1]),
         maps.plot_mask_comparison(images[0], np.ones((8, 8)), one, one, (2, 2), NASTY[:2]),
         charts.plot_bars(range(n), NASTY),
     ]
@@ -187,7 +187,7 @@ BAD = {
     "names missing": lambda: charts.plot_similarity_matrices(np.eye(2), np.eye(2), ["a"]),
     "no images counted": lambda: charts.plot_agreement_table(0, 0, 0, 0),
     "alpha": lambda: charts.plot_alpha_curve([0, 2], [1, 1], [1, 1], .5, 10),
-    "effects": lambda: charts.plot_occlusion_bars([1.], [1, 2], [0.]),
+    "effects": lambda: charts.plot_ablation_bars([1.], [1, 2], [0.]),
 }
 
 

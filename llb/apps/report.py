@@ -18,9 +18,9 @@ from ..analysis.catalog import Catalog, find_objects
 from ..analysis.build import index_run, index_scores
 from ..analysis.effects import effects_of_run
 from ..analysis.usage import summarise
-from .cards import object_card, results_html
+from .cards import object_card
 from .figures import figure_of_training, save_figure
-from .html import figure_html, render
+from .html import figure_html, render, results_html
 from ..core.console import print_main
 from ..core.errors import command, InputError
 from ..core.seeds import seed_from
@@ -54,7 +54,7 @@ def write_figures(run:RunReader)->list[Path]: # the PNG files
 # %% ../../nbs/8_apps/86_report.ipynb #1b2850ba
 def _alpha_figure(run:RunReader, catalog:Catalog)->Figure:
     "Accuracy and NLL over alpha: on the selection split, where alpha was chosen, and on the reported images."
-    selection = index_run(run.folder, "selection")
+    selection = index_run(run, "selection")
     curves = []
     for index in selection, catalog.index:
         measures = [measure(index_scores(index), alpha) for alpha in ALPHAS]
@@ -122,7 +122,7 @@ def _figures(run:RunReader, catalog:Catalog)->dict[str, Markup]: # by the name t
 def write_report(run:RunReader)->Path: # report.html in the run folder
     "Build the index where it is missing, and write the page. Raises `InputError` when the run is not finished or has no LLB."
     run.finished().load_model()
-    catalog = Catalog(*effects_of_run(run.folder), name=run.folder.name)
+    catalog = Catalog(*effects_of_run(run), name=run.folder.name)
     dictionary = {title: [object_card(catalog, k) for k in ids] for title, ids in chosen_objects(catalog).items()}
     page = render("report.html", title=f"{run.folder.name}: latent objects", index=catalog.index.info, config=run.config,
                   sizes={name: len(images) for name, images in vars(run.load_data()).items()},

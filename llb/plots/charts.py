@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PANELS', 'STROKES', 'flat', 'as_columns', 'plot_training_curves', 'plot_usage', 'plot_perplexity_over_time',
-           'plot_class_object_heatmap', 'plot_bars', 'plot_object_attention', 'plot_occlusion_bars', 'plot_alpha_curve',
+           'plot_class_object_heatmap', 'plot_bars', 'plot_object_attention', 'plot_ablation_bars', 'plot_alpha_curve',
            'plot_similarity_matrices', 'plot_agreement_table']
 
 # %% ../../nbs/6_plots/62_charts.ipynb #0faba118
@@ -234,15 +234,15 @@ def plot_object_attention(
                     f"{note}; top {len(ids)} of {len(mean)} hold {mean[ids].sum():.0%}", "object")
 
 # %% ../../nbs/6_plots/62_charts.ipynb #7113c26d
-def plot_occlusion_bars(
-    effects,            # [n] drop of the label logit when the object is occluded
+def plot_ablation_bars(
+    effects,            # [n] drop of the label logit when the object is ablated
     object_ids,         # [n]
     baseline,           # [m] drops for random objects
     label:str="",       # the class whose logit it is
     top:int=12,         # objects shown
     ax:Axes|None=None
 )->Axes:
-    """Effect of occluding each object, beside the range that random objects give.
+    """Effect of ablating each object, beside the range that random objects give.
     Raises `InputError` unless there is an effect for each object."""
     effects, baseline = as_array(effects, "effects", 1), as_array(baseline, "baseline", 1)
     if len(effects) != len(object_ids):
