@@ -217,7 +217,7 @@ def test_scrolled_away_and_back_under_full_windowing(lab, run, index):
     picker.wait_for()
     until(lambda: picker.is_visible() and colours(picker) >= before / 2, "the canvases to be drawn again", 20)
     picker.scroll_into_view_if_needed()
-    picker.locator("xpath=..").evaluate("""async x => {   // taken out and put back, as windowing does with cells far away
+    picker.locator("xpath=..").evaluate("""async x => {   // taken out and put back, as windowing does far away
         const home = x.parentElement, next = x.nextSibling, wait = () => new Promise(r => setTimeout(r, 300));
         x.remove();
         for (const c of x.querySelectorAll('canvas')) c.width = c.width;   // and forgotten
