@@ -73,7 +73,7 @@ def make_step(name, device, batch=8, image=224, objects=2048, layers=6, backbone
     place, variant = pick_device(device), STEPS[name]
     images, labels = torch.randn(batch, 3, image, image, device=place), torch.arange(batch, device=place) % CLASSES
     config = Config.of(**{**MODEL, "backbone": backbone, "num_objects": objects, "num_layers": layers, "image_size": image, "batch_size": batch, **variant.get("config", {})})
-    gflops = config_cost(config, CLASSES).train
+    gflops = config_cost(config.model, CLASSES).train
     if "config" not in variant:
         from plain import PlainLLB, plain_step
         model = PlainLLB(image=image, objects=objects, layers=layers).to(place)

@@ -73,7 +73,8 @@ def change(path, place, change):
 def test_a_store_gives_back_what_was_put(store, tmp_path):
     assert same(store) and same(pickle.loads(pickle.dumps(store))) and len(pickle.dumps(store)) < 500
     assert np.array_equal(store["image"], rows_of(range(ROWS))["image"]) and not store["image"].flags.writeable
-    assert opened(tmp_path).folder == store.folder != opened(tmp_path, seed=1).folder and not len(opened(tmp_path).missing())
+    assert opened(tmp_path).folder == store.folder != opened(tmp_path, seed=1).folder
+    assert not len(opened(tmp_path).missing())
     with pytest.raises(InputError, match="no column 'nope'; there are label, image"): store["nope"]
 
 
@@ -107,7 +108,10 @@ def test_files_of_zeros_are_missing_rows(store, tmp_path):
     assert opened(tmp_path).missing().tolist() == list(range(ROWS))
 
 
-@pytest.mark.parametrize("name, kept", [("image.bin", 5), ("label.bin", 5), ("checks.bin", 5), ("image.bin", 0), ("about.json", ROWS)])
+TRUNCATED = [("image.bin", 5), ("label.bin", 5), ("checks.bin", 5), ("image.bin", 0), ("about.json", ROWS)]
+
+
+@pytest.mark.parametrize("name, kept", TRUNCATED)
 def test_truncated_files_are_mended_at_the_next_start(name, kept, store, tmp_path):
     path = store.folder / name
     os.truncate(path, path.stat().st_size * kept // ROWS if kept < ROWS else 9)
@@ -130,7 +134,8 @@ def test_a_missing_file_or_store(store, tmp_path):
 def test_a_disk_without_room(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("llb.core.arrays.shutil.disk_usage", lambda path: usage(0, 0, 4096))
-    with pytest.raises(InputError, match="The example cannot be kept in .* needs .* GB more, but .* are free. Set LLB_CACHE"): opened(tmp_path)
+    words = "The example cannot be kept in .* needs .* GB more, but .* are free. Set LLB_CACHE"
+    with pytest.raises(InputError, match=words): opened(tmp_path)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
@@ -226,7 +231,7 @@ def test_stored_images_are_the_plain_ones(preprocessing, jpegs, tmp_path):
 def test_a_split_finds_its_rows(jpegs, tmp_path):
     images = scan_folder(jpegs)
     store = build_images(images, SQUARE, tmp_path / "store")
-    split = pickle.loads(pickle.dumps(StoredImages(images.take([7, 2]), store)))   # as a loader worker that isn't forked gets it
+    split = pickle.loads(pickle.dumps(StoredImages(images.take([7, 2]), store)))   # as a spawned worker gets it
     assert np.array_equal(split[0, 0]["image"], store.get(7)) and np.array_equal(split[0, 1]["image"], store.get(2))
 
 
@@ -295,8 +300,8 @@ OPTIONS = {
 PREPROCESSING = {"interpolation", "crop_pct", "image_size", "mean", "std"}
 
 
-def caches(tmp_path, folder=None, files=6, backbone_seed=0, num_classes=0, layer=3, bf16=False, amp=False, views=0, seed=0,
-           augment=None, **preprocessing):
+def caches(tmp_path, folder=None, files=6, backbone_seed=0, num_classes=0, layer=3, bf16=False, amp=False, views=0,
+           seed=0, augment=None, **preprocessing):
     "Both caches of some images, built with some options."
     images = scan_folder(folder(tmp_path) if folder else tmp_path / "images").take(range(files))
     torch.manual_seed(backbone_seed)
@@ -307,14 +312,16 @@ def caches(tmp_path, folder=None, files=6, backbone_seed=0, num_classes=0, layer
     stored = build_images(images, backbone.preprocessing, tmp_path / "cache")
     dataset = StoredImages(images, stored, (augment or RandAugment()) if views else None, seed)
     runtime = replace(CPU, amp=amp)
-    return stored, build_tokens(backbone, layer, images, runtime, tmp_path / "cache", dataset=dataset, views=views, seed=seed)
+    folder = tmp_path / "cache"
+    return stored, build_tokens(backbone, layer, images, runtime, folder, dataset=dataset, views=views, seed=seed)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_that_changes_pixels_or_tokens_changes_every_key(option, tmp_path):
     for name, colour in ("circle", "red"), ("square", "blue"):
         (tmp_path / "images" / name).mkdir(parents=True)
-        for i in range(3): Image.new("RGB", (40, 40), colour).save(tmp_path / "images" / name / f"{i:02}.bmp")
+        for i in range(3):
+            Image.new("RGB", (40, 40), colour).save(tmp_path / "images" / name / f"{i:02}.bmp")
     changes, changes_pixels = OPTIONS[option]
     base = caches(tmp_path, views=1) if option in ("more views", "seed", "augmentation") else caches(tmp_path)
     other = caches(tmp_path, **changes)
@@ -337,7 +344,9 @@ def test_tokens_do_not_depend_on_an_interruption(images, tmp_path, monkeypatch):
     shutil.copytree(images, tmp_path / "images")
     whole = caches(tmp_path, files=50)[1]
     wanted = [whole.get(row) for row in range(50)]
-    for name in "tokens.bin", "visual.bin": os.truncate(whole.arrays.folder / name, (whole.arrays.folder / name).stat().st_size * 35 // 50)
+    for name in "tokens.bin", "visual.bin":
+        path = whole.arrays.folder / name
+        os.truncate(path, path.stat().st_size * 35 // 50)
     again = caches(tmp_path, files=50)[1]
     assert all(torch.equal(again.get(row)[name], wanted[row][name]) for row in range(50) for name in wanted[0])
 
@@ -381,7 +390,8 @@ def test_a_run_on_stored_images_is_the_same_run(processes, images, tmp_path, for
         assert run.finish(180) == [0] * processes, run.text
         assert ("Building the image cache (--cache_images): 60 of 60 rows" in run.text) == (name == "stored")
         epochs = read_events(tmp_path / name, "epoch")
-        assert len(epochs) == 3 and all(0 <= e["data_wait"] <= 1 for e in epochs) and run.text.count("waiting for data") == 3
+        assert len(epochs) == 3 and all(0 <= e["data_wait"] <= 1 for e in epochs)
+        assert run.text.count("waiting for data") == 3
         for file in "model/model.safetensors", "metrics.json":
             assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / name / file).read_bytes(), (name, file)
     assert len(list((cache / "images").iterdir())) == 1
@@ -389,8 +399,8 @@ def test_a_run_on_stored_images_is_the_same_run(processes, images, tmp_path, for
 
 @pytest.mark.slow
 def test_augmented_views_from_the_cache(images, tmp_path, forked):
-    run = forked(data_dir=images, save_dir=tmp_path, augment="randaugment", cache=True, cache_views=2, cache_images=True,
-                 patch=(set_cache, str(tmp_path / "cache")))
+    options = dict(augment="randaugment", cache=True, cache_views=2, cache_images=True)
+    run = forked(data_dir=images, save_dir=tmp_path, patch=(set_cache, str(tmp_path / "cache")), **options)
     assert run.finish(120) == [0], run.text
     assert "Building the token cache (--cache, train features): 84 of 84 rows" in run.text   # 42 images
     with pytest.raises(InputError, match="cache_views"): Config.of(cache_views=2)

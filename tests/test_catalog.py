@@ -9,8 +9,9 @@ from conftest import NASTY
 
 from llb.analysis.catalog import Album, Catalog, cell_images, elsewhere, find_objects, Notes, objects_of
 from llb.analysis.index import open_effects
-from llb.apps.cards import gallery_page, object_html, prediction_html, results_html
+from llb.apps.cards import gallery_page, object_html, prediction_html
 from llb.apps.figures import figure_of_branches, figure_of_class, figure_of_image, figure_of_object, save_figure
+from llb.apps.html import results_html
 from llb.core.errors import InputError
 
 

@@ -23,9 +23,9 @@ def cut_out(
     image:np.ndarray # [H,W,3] 0..255, on white
 )->np.ndarray: # [H,W] bool, True on the thing
     "Flood the white from the border in; what stays dry is the thing. Its rim, half mixed with white, is taken off."
-    parts, _ = label(image.min(-1) > WHITE)
-    border = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
-    return binary_erosion(~np.isin(parts, border[border > 0]), border_value=1)
+    regions, _ = label(image.min(-1) > WHITE)
+    border = np.unique(np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]]))
+    return binary_erosion(~np.isin(regions, border[border > 0]), border_value=1)
 
 def usable(
     mask:np.ndarray # [H,W] bool
@@ -38,23 +38,24 @@ BACKGROUNDS = ("white", "flat", "noise")
 
 def background(
     kind:str,  # one of BACKGROUNDS
-    size:int,
+    size:int,  # pixels
     rng:np.random.Generator
-)->np.ndarray: # [size,size,3] 0..255
-    "White as in the training images, one light colour, or soft clouds of two."
+)->np.ndarray: # [size,size,3] uint8
+    "White as in the training images, one light colour, or soft clouds of two. Raises `InputError` for another kind."
     if kind not in BACKGROUNDS: raise InputError(f"There is no background {kind!r}; there are {', '.join(BACKGROUNDS)}.")
     if kind == "white": return np.full((size, size, 3), 255, np.uint8)
     one, two = rng.integers(90, 230, (2, 3))
     if kind == "flat": return np.broadcast_to(one, (size, size, 3)).astype(np.uint8)
     clouds = Image.fromarray(rng.integers(0, 256, (7, 7), np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-    share = np.asarray(clouds)[..., None] / 255
+    mix = np.asarray(clouds)[..., None] / 255
     grain = rng.normal(0, 6, (size, size, 1))
-    return (one * share + two * (1 - share) + grain).clip(0, 255).astype(np.uint8)
+    return (one * mix + two * (1 - mix) + grain).clip(0, 255).astype(np.uint8)
 
+# %% ../../nbs/5_analysis/57_scenes.ipynb #03eccca9
 @dataclass
 class Scenes:
-    "Composed images and what is where."
-    images: np.ndarray     # [S,size,size,3] 0..255
+    "Composed images and what is where; or one of them, without the first axis."
+    images: np.ndarray     # [S,size,size,3] uint8
     instances: np.ndarray  # [S,size,size] 0 background, 1.. the things of a scene
     categories: np.ndarray # [S,size,size] 0 background, class index + 1
 
@@ -62,49 +63,64 @@ class Scenes:
 
     def __getitem__(self, which)->"Scenes": return Scenes(self.images[which], self.instances[which], self.categories[which])
 
-# %% ../../nbs/5_analysis/57_scenes.ipynb #721e6700
-def _thing(images:ImageList, members:np.ndarray, side:int, rng)->tuple[np.ndarray, np.ndarray]|None: # pixels, mask
+@dataclass
+class _Thing:
+    "A cut-out, as large as its box."
+    pixels: np.ndarray # [h,w,3] uint8
+    mask: np.ndarray   # [h,w] bool
+
+def _thing(images:ImageList, members:np.ndarray, side:int, rng:np.random.Generator)->_Thing|None:
     "One usable cut-out among some images, its longer side `side` pixels; None when ten draws find none."
     for i in rng.permutation(members)[:10]:
         image = images.open(i)
         mask = cut_out(np.asarray(image))
         if not usable(mask): continue
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        box = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-        scale = side / max(box[2] - box[0], box[3] - box[1])
-        shape = [max(1, round((box[k + 2] - box[k]) * scale)) for k in (0, 1)]
+        box = left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        scale = side / max(right - left, bottom - top)
+        shape = [max(1, round(length * scale)) for length in (right - left, bottom - top)]
         small = np.asarray(image.resize(shape, Image.Resampling.BILINEAR, box=box))
-        return small, np.asarray(Image.fromarray(mask).crop(box).resize(shape, Image.Resampling.NEAREST))
+        return _Thing(small, np.asarray(Image.fromarray(mask).crop(box).resize(shape, Image.Resampling.NEAREST)))
+
+# %% ../../nbs/5_analysis/57_scenes.ipynb #721e6700
+def _paste(scene:Scenes, thing:_Thing, top:int, left:int, instance:int, category:int):
+    "Put a thing into a scene; what is there is hidden."
+    box = np.s_[top:top + thing.mask.shape[0], left:left + thing.mask.shape[1]]
+    scene.images[box][thing.mask] = thing.pixels[thing.mask]
+    scene.instances[box][thing.mask] = instance
+    scene.categories[box][thing.mask] = category
 
 def compose(
     images:ImageList,          # on white; each scene takes things of different classes
-    behind:np.ndarray,          # [size,size,3] the background
+    behind:np.ndarray,         # [size,size,3] the background
     rng:np.random.Generator,
     things:tuple[int, int]=(2, 4)
-)->tuple[np.ndarray, np.ndarray, np.ndarray]: # scene [size,size,3], instances and categories [size,size]
+)->Scenes: # one, without the first axis
     "Paste cut-outs into the quarters of a background."
-    scene, labels, size = behind.copy(), np.asarray(images.labels), len(behind)
-    instances, categories = np.zeros((2, size, size), np.uint8)
+    size, labels = len(behind), np.asarray(images.labels)
+    scene = Scenes(behind.copy(), *np.zeros((2, size, size), np.uint8))
     classes, quarters = rng.permutation(np.unique(labels)), rng.permutation(4)
-    for number, (c, quarter) in enumerate(zip(classes[:rng.integers(things[0], things[1] + 1)], quarters), 1):
-        if (thing := _thing(images, np.flatnonzero(labels == c), round(size * rng.uniform(.4, .55)), rng)) is None: continue
-        pixels, mask = thing
-        centre = [size * (.25 + .5 * q + rng.uniform(-.04, .04)) for q in divmod(quarter, 2)]
-        top, left = (int(np.clip(c - s / 2, 0, size - s)) for c, s in zip(centre, mask.shape))
-        place = np.s_[top:top + mask.shape[0], left:left + mask.shape[1]]
-        scene[place][mask], instances[place][mask], categories[place][mask] = pixels[mask], number, c + 1
-    return scene, instances, categories
+    chosen = classes[:rng.integers(things[0], things[1] + 1)]
+    for number, (c, quarter) in enumerate(zip(chosen, quarters), 1):
+        side = round(size * rng.uniform(.4, .55))
+        thing = _thing(images, np.flatnonzero(labels == c), side, rng)
+        if thing is None: continue
+        row, column = divmod(quarter, 2)
+        centre = [size * (.25 + .5 * half + rng.uniform(-.04, .04)) for half in (row, column)]
+        top, left = (int(np.clip(c - s / 2, 0, size - s)) for c, s in zip(centre, thing.mask.shape))
+        _paste(scene, thing, top, left, number, c + 1)
+    return scene
 
 def make_scenes(
-    images:ImageList,    # not those a model was trained on
-    count:int,
+    images:ImageList,     # not those a model was trained on
+    count:int,            # S
     size:int,             # pixels
     kind:str="noise",     # of the background
     seed:int=0,
-    things:tuple[int, int]=(2, 4)
+    things:tuple[int, int]=(2, 4) # the fewest and the most in a scene, 1..4
 )->Scenes:
-    "Scenes that depend on the seed alone; the same things at the same places on every background. Raises `InputError` for too many things."
+    "Scenes that depend on the seed alone; the same things at the same positions on every background. Raises `InputError` for too many things."
     if not 1 <= things[0] <= things[1] <= 4: raise InputError(f"things is {things}; a scene has room for 1 to 4.")
-    generator = lambda *what: np.random.default_rng(seed_from(seed, *what))
-    made = [compose(images, background(kind, size, generator(kind, s)), generator("scene", s), things) for s in range(count)]
-    return Scenes(*(np.stack(x) for x in zip(*made)))
+    def random(*what)->np.random.Generator: return np.random.default_rng(seed_from(seed, *what))
+    made = [compose(images, background(kind, size, random(kind, s)), random("scene", s), things) for s in range(count)]
+    return Scenes(*(np.stack([getattr(scene, name) for scene in made]) for name in ("images", "instances", "categories")))

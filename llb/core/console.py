@@ -23,7 +23,7 @@ def progress(
     **kwargs             # to tqdm
 )->tqdm:
     "A tqdm bar, shown only on the main process and only where someone watches."
-    hidden = not is_interactive() or rank() != 0 or "TQDM_DISABLE" in os.environ   # tqdm's own notebook bar ignores that
+    hidden = not is_interactive() or rank() != 0 or "TQDM_DISABLE" in os.environ   # its notebook bar ignores that
     if hidden: kwargs["disable"] = True
     return tqdm(items, total=total, desc=desc, leave=False, dynamic_ncols=True, **kwargs)
 

@@ -68,9 +68,9 @@ def _join_group(device:torch.device, timeout_s:float):
         store = fresh_store(store, rank, size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except dist.DistError as e:
-        raise InputError(f"The {_environment('WORLD_SIZE', 1)} processes did not all meet within {timeout_s:g} s (this is "
-                         f"{_environment('RANK', 0)}); see that every machine was started and reaches the others, or allow "
-                         "more with --timeout.") from e
+        size, me = _environment("WORLD_SIZE", 1), _environment("RANK", 0)
+        raise InputError(f"The {size} processes did not all meet within {timeout_s:g} s (this is {me}); see that every "
+                         "machine was started and reaches the others, or allow more with --timeout.") from e
 
 @contextmanager
 def start_runtime(
@@ -187,7 +187,7 @@ def restarted()->bool: # the same on every process
     return any_rank(_environment("TORCHELASTIC_RESTART_COUNT", 0) > 0)[0]
 
 # %% ../../nbs/0_core/01_distributed.ipynb #275f2184
-def _find_prefix(store:dist.Store, rank:int, me:str, retry_s:float)->str: # that of the first process, which has answered
+def _find_prefix(store:dist.Store, rank:int, me:str, retry_s:float)->str: # where the first process has answered
     until = time.monotonic() + store.timeout.total_seconds()
     while True:
         prefix = store.get("prefix").decode()
@@ -203,7 +203,7 @@ def fresh_store(
     size:int,         # processes
     retry_s:float=1   # after this long without an answer, a process reads the prefix again: it was an old one
 )->dist.Store: # empty, for these processes only
-    "Agree with the processes that start now on a new prefix in a store. Raises `torch.distributed.DistError` when they do not come."
+    "Agree with the processes that start now on a new prefix. Raises `DistError` of PyTorch when they do not come."
     me = uuid.uuid4().hex
     if rank > 0: prefix = _find_prefix(store, rank, me, retry_s)
     else:

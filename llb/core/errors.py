@@ -22,6 +22,6 @@ def command(
     def run(argv:list[str]|None=None):
         try: return main(argv)
         except (InputError, FloatingPointError) as e:
-            print(f"error: {e}", file=sys.stderr)
+            sys.stderr.write(f"error: {e}\n")   # at once, so that sentences of several processes do not mix
             raise SystemExit(2 if isinstance(e, InputError) else 1) from None
     return run

@@ -55,9 +55,9 @@ def atomic(
     path:str|Path,    # what is to appear; replaced if it is there
     folder:bool=False # it is a folder
 )->Iterator[Path]: # where to write it: a name that isn't taken yet or, with `folder`, an empty folder
-    "Let a file or folder appear whole, and on the disk, when the block ends; after an error nothing has changed. Raises what the block or the disk raises."
+    "Let a file or folder appear whole, and on the disk, when the block ends; after an error nothing has changed."
     path = Path(path)
-    made = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")   # no mkstemp: others may read what a colleague wrote
+    made = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")   # mkstemp would let nobody else read it
     try:
         if folder: made.mkdir()
         yield made

@@ -62,15 +62,16 @@ def build_images(
     folder:Path|None=None, # where such stores are kept; None for the cache
     workers:int=0          # loader processes, per process
 )->ImageStore:
-    "Open the cache of these images, adding what is missing. Raises `InputError` without disk space, `UnreadableImage` for an unreadable image."
+    "Open the cache of these images, adding what is missing. Raises `UnreadableImage`, `InputError` without disk space."
     def opened()->ArrayStore:
         columns = {"image": ("uint8", (3, *preprocessing.image_size))}
-        return open_store(folder or cache_dir() / "images", image_layout(images, preprocessing), columns, len(images),
-                          "image cache (--cache_images)")
+        layout = image_layout(images, preprocessing)
+        root = folder or cache_dir() / "images"
+        return open_store(root, layout, columns, len(images), "image cache (--cache_images)")
     def fill(store:ArrayStore, batches:list[range]):
         keys = [[(0, row) for row in rows] for rows in batches]
-        for batch in progress(make_loader(ImageDataset(images, Geometry(preprocessing)), keys, workers), desc="image cache"):
-            store.put(batch["index"], image=batch["image"].numpy())
+        loader = make_loader(ImageDataset(images, Geometry(preprocessing)), keys, workers)
+        for batch in progress(loader, desc="image cache"): store.put(batch["index"], image=batch["image"].numpy())
     return ImageStore(build_store(opened, fill), images.files)
 
 # %% ../../nbs/1_data/16_image_cache.ipynb #5b333fd5
@@ -78,7 +79,7 @@ class StoredImages(Dataset):
     "Images as bytes under the keys of `ImageDataset`; augmentation, where there is one, from the same random numbers."
     def __init__(self,
         images:ImageList,              # a split
-        source:ImageStore|Geometry,    # where its bytes come from: a cache of these and perhaps more images, or their files
+        source:ImageStore|Geometry,    # a cache of these and perhaps more images, or how their files become bytes
         augment:RandAugment|None=None,
         seed:int=0                     # of the augmentation
     ):
@@ -90,7 +91,8 @@ class StoredImages(Dataset):
     def __getitem__(self, key:tuple[int, int])->dict: # epoch, index
         "A dict of `image` [3,H,W] uint8, `label` and `index`."
         epoch, index = key
-        pixels = self.source(self.images.open(index)) if self.rows is None else self.source.get(self.rows[index])
+        if self.rows is None: pixels = self.source(self.images.open(index))
+        else: pixels = self.source.get(self.rows[index])
         if self.augment:
             generator = torch.Generator().manual_seed(seed_from(self.seed, "augment", epoch, index))
             pixels = self.augment(pixels, generator)

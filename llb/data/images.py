@@ -20,7 +20,7 @@ from ..core.errors import InputError
 # %% ../../nbs/1_data/10_images.ipynb #8d84e36c
 class UnreadableImage(InputError):
     "An image that cannot be decoded; the message names the file."
-    def __init__(self, message:str): # a loader worker hands on its whole traceback, of which the last line is the sentence
+    def __init__(self, message:str): # of a loader worker its whole traceback, which ends in the sentence
         super().__init__(message.strip().splitlines()[-1].split("UnreadableImage: ")[-1])
 
 def decode(path:Path)->Image.Image: # RGB
@@ -54,7 +54,7 @@ class _Names:
 
     @cached_property
     def content_key(self)->str: # 16 hex digits
-        "What caches of these images go by: folder, files, sizes and times of change. Raises `InputError` when a file is gone."
+        "What caches go by: folder, files, sizes, times of change. Raises `InputError` when a file is gone."
         rows = (f"{file} {size} {time}" for file, (size, time) in zip(self.files, self._stats()))
         return _short_hash([str(self.root.resolve()), *rows])
 
@@ -68,7 +68,7 @@ class _Names:
     def fingerprint(self,
         sizes:bool=True # also of the file sizes, which change when an image is mended
     )->str: # 16 hex digits
-        "Names these images by file names, labels and file sizes, wherever they lie. Raises `InputError` when a file is gone."
+        "Names these images by files, labels and sizes, wherever they lie. Raises `InputError` when a file is gone."
         return self._fingerprint if sizes else self._names_and_labels
 
 # %% ../../nbs/1_data/10_images.ipynb #eb885f55

@@ -47,7 +47,7 @@ class Preprocessing:
     def normalise(self,
         pixels:Tensor # [...,3,H,W] uint8
     )->Tensor: # [...,3,H,W] float32, as `transform` gives it; on the same device
-        "The last step of the transform, for images that have had the others. No host sync: constants are filled in on the device."
+        "The last step of the transform, for images that have had the others. The device is never waited for."
         images = pixels.to(torch.float32).mul_(1 / 255)
         for channel, mean, std in zip(images.unbind(-3), self.mean, self.std): channel.sub_(mean).div_(std)
         return images

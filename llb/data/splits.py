@@ -34,7 +34,7 @@ def split_off(
     fraction:float,   # 0..1, to cut off, of each class
     *seed:int|str     # what the choice depends on
 )->tuple[ImageList, ImageList]: # the rest, and what was cut off
-    "Split each class at random; groups stay whole. Where no class is large enough to give any, split all images together."
+    "Split each class at random; groups stay whole. Where no class is large enough, split all images together."
     groups, by_class = {}, {}
     for i, name in enumerate(images.groups): groups.setdefault(name, []).append(i)
     for name, members in groups.items():
@@ -62,8 +62,8 @@ def check_labels(
 ):
     "Raise `InputError` when a data set does not have the classes a model or a flag expects."
     if expected and len(images.classes) != expected:
-        raise InputError(f"{images.root} has {len(images.classes)} classes, but {expected} are expected (by --num_classes, "
-                         "the data set or the checkpoint).")
+        raise InputError(f"{images.root} has {len(images.classes)} classes, but {expected} are expected "
+                         "(by --num_classes, the data set or the checkpoint).")
 
 # %% ../../nbs/1_data/11_splits.ipynb #da2482bb
 def make_splits(
@@ -80,7 +80,8 @@ def make_splits(
     data = Data(rest, selection, val)
     for name, images in vars(data).items():
         if not len(images):
-            raise InputError(f"The {name} split of {train.root} is empty: {len(train)} training images are too few to cut from.")
+            raise InputError(f"The {name} split of {train.root} is empty: {len(train)} training images are too few to "
+                             "cut from.")
     return data
 
 def load_data(
@@ -88,7 +89,7 @@ def load_data(
     selection_fraction:float=0.15, # cut from the training images
     seed:int=0                     # of that cut
 )->Data:
-    "List a user's own folder. Without train/ and val/ a fifth of the images, always the same, becomes val. Raises `InputError` as `scan_folder` does."
+    "List a user's folder; without train/ and val/ a fifth, always the same, is val. Raises `InputError` for a bad one."
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"There is no folder {str(root)!r}; --data_dir must name a folder of class folders.")

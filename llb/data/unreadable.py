@@ -63,12 +63,13 @@ def refuse_unreadable(data:Data):
     "Raise `InputError` when an earlier check found unreadable images among these."
     if found := run_on_main(lambda: known_unreadable(data)):
         first = next(iter(found.values()))
-        raise InputError(f"{len(found)} of these images are known to be unreadable; the first: {first} `llb check-data` lists all.")
+        raise InputError(f"{len(found)} of these images are known to be unreadable; the first: {first} "
+                         "`llb check-data` lists all.")
 
 def without_unreadable(
     data:Data
 )->tuple[Data, list[str]]: # the readable images, and the reasons for the others
-    "Drop unreadable images from every split, checking them if that has not been done. Raises `InputError` when a split becomes empty."
+    "Drop unreadable images from every split, checking them if need be. Raises `InputError` when a split becomes empty."
     found = run_on_main(lambda: known_unreadable(data))
     if found is None: found = check_images(data)
     splits = {}

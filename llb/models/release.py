@@ -10,22 +10,26 @@ import re
 from pathlib import Path
 
 from ..core.errors import InputError
-from .backbone import backbone_from_state
+from .backbone import Backbone, backbone_from_state
 from .llb import LLB
 from .weights import layout_of, read_state_dict, StateDict, to_timm, unwrap_state
 
 # %% ../../nbs/2_models/29_release.ipynb #f9018c90
-REFERENCE_FAMILIES = {"vit": "augreg", "mae": "mae", "swag": "swag"}   # the release's variants -> families of llb.models.zoo
+REFERENCE_FAMILIES = {"vit": "augreg", "mae": "mae", "swag": "swag"}   # the release's variants -> families of the zoo
 _FIRST = "nv_blocks.0.nv_cluster."
 _NAMES = (
-    (r"^branch\.visual_block\.", "nv_blocks.0."), (r"^branch\.label_blocks\.(\d+)\.", lambda m: f"nv_blocks.{int(m[1]) + 1}."),
-    (r"^branch\.objects\.assigner\.", f"{_FIRST}nv_extractor.nv_extractor."), (r"^branch\.objects\.embedding\.weight$", f"{_FIRST}nv_embeddings"),
-    (r"^branch\.cls_token$", f"{_FIRST}cls_token_nv"), (r"^branch\.norm\.", "norm_nv."), (r"^branch\.classifier\.", "nv_head."),
+    (r"^branch\.visual_block\.", "nv_blocks.0."),
+    (r"^branch\.label_blocks\.(\d+)\.", lambda m: f"nv_blocks.{int(m[1]) + 1}."),
+    (r"^branch\.objects\.assigner\.", f"{_FIRST}nv_extractor.nv_extractor."),
+    (r"^branch\.objects\.embedding\.weight$", f"{_FIRST}nv_embeddings"),
+    (r"^branch\.cls_token$", f"{_FIRST}cls_token_nv"),
+    (r"^branch\.norm\.", "norm_nv."), (r"^branch\.classifier\.", "nv_head."),
     (r"^branch\.visual_head\.", "head."), (r"^backbone\.vit\.", ""))
 _SWAG_NAMES = (
     (r"^cls_token$", "class_token"), (r"^pos_embed$", "encoder.pos_embedding"), (r"^patch_embed\.proj\.", "conv_proj."),
-    (r"^nv_blocks\.0\.", "encoder.nv_layers.nvlayer_0."), (r"^nv_blocks\.", "encoder.nv_layers.layer_"), (r"^blocks\.", "encoder.layers.layer_"),
-    (r"\.norm([12])\.", r".ln_\1."), (r"\.attn\.qkv\.", ".self_attention.in_proj_"), (r"\.attn\.proj\.", ".self_attention.out_proj."),
+    (r"^nv_blocks\.0\.", "encoder.nv_layers.nvlayer_0."), (r"^nv_blocks\.", "encoder.nv_layers.layer_"),
+    (r"^blocks\.", "encoder.layers.layer_"), (r"\.norm([12])\.", r".ln_\1."),
+    (r"\.attn\.qkv\.", ".self_attention.in_proj_"), (r"\.attn\.proj\.", ".self_attention.out_proj."),
     (r"\.mlp\.fc([12])\.", r".mlp.linear_\1."), (r"^norm\.", "encoder.ln."), (r"^norm_nv\.", "encoder.nv_ln."),
     (r"^(nv_|)head\.", r"\1head.layers.head."))
 
@@ -38,7 +42,7 @@ def reference_name(
     return name
 
 # %% ../../nbs/2_models/29_release.ipynb #72f06ed7
-_BRANCH = ("nv_", "norm_nv.", "encoder.nv_")                                             # what keys of the trained part start with
+_BRANCH = ("nv_", "norm_nv.", "encoder.nv_")   # what keys of the trained part start with
 _BLOCK = re.compile(r"(?:nv_blocks\.|encoder\.nv_layers\.(?:nv)?layer_)(\d+)\.")
 
 def reference_family(
@@ -46,15 +50,19 @@ def reference_family(
 )->str: # "vit", "mae" or "swag"
     "Tell the variant from the keys. Raises `InputError` when there is no label-focused part."
     if not any(k.startswith(_BRANCH) for k in state):
-        raise InputError("These weights have no label-focused part (no key with nv); a backbone alone is read by load_backbone(name, checkpoint=).")
+        raise InputError("These weights have no label-focused part (no key with nv); a backbone alone is read by "
+                         "load_backbone(name, checkpoint=).")
     return {"swag": "swag", "mae": "mae"}.get(layout_of(state), "vit")
 
+def _counted(keys:set[str], word:str)->str: # "2 missing (as norm_nv.bias)"
+    return f"{len(keys)} {word} (as {min(keys)})" if keys else ""
+
 def _take_branch(state:StateDict, names:list[str], family:str)->StateDict: # under our names, `names`
-    "The trained part of a state, strictly: nothing missing, nothing left."
+    "The trained part of a state, strictly: nothing missing, nothing more."
     theirs = {n: reference_name(f"branch.{n}", family) for n in names}
-    missing, left = set(theirs.values()) - set(state), set(state) - set(theirs.values())
-    if missing or left:
-        what = [f"{len(keys)} {word} (as {min(keys)})" for keys, word in ((missing, "missing"), (left, "unexpected")) if keys]
+    wanted, found = set(theirs.values()), set(state)
+    if wanted != found:
+        what = filter(None, [_counted(wanted - found, "missing"), _counted(found - wanted, "unexpected")])
         raise InputError(f"The label-focused part is not the release's {family} layout: {' and '.join(what)}.")
     return {n: state[k] for n, k in theirs.items()}
 
@@ -70,32 +78,45 @@ def load_reference_checkpoint(
     "Read a checkpoint of the original release (variants ViT, MAE, SWAG). Raises `InputError` when it is none."
     state = unwrap_state(source) if isinstance(source, dict) else read_state_dict(source)
     family = reference_family(state)
-    branch = {k: v for k, v in state.items() if k.startswith(_BRANCH)}
     name = "reference checkpoint" if isinstance(source, dict) else f"reference checkpoint {Path(source).name}"
-    backbone = backbone_from_state(to_timm({k: v for k, v in state.items() if k not in branch}), num_heads, REFERENCE_FAMILIES[family], name)
-    embeddings = branch.get(reference_name("branch.objects.embedding.weight", family))
-    if embeddings is None: raise InputError(f"{name} has no latent objects ({reference_name('branch.objects.embedding.weight', family)}).")
+    branch = {k: v for k, v in state.items() if k.startswith(_BRANCH)}
+    frozen = to_timm({k: v for k, v in state.items() if k not in branch})
+    backbone = backbone_from_state(frozen, num_heads, REFERENCE_FAMILIES[family], name)
+    table = reference_name("branch.objects.embedding.weight", family)
+    if table not in branch: raise InputError(f"{name} has no latent objects ({table}).")
     num_layers = len({m[1] for k in branch if (m := _BLOCK.match(k))})
-    model = LLB(backbone, len(embeddings), num_layers, target_layer, alpha, temperature)
-    try: model.branch.to(embeddings.dtype).load_state_dict(_take_branch(branch, list(model.branch.state_dict()), family))
+    model = LLB(backbone, len(branch[table]), num_layers, target_layer, alpha, temperature)
+    weights = _take_branch(branch, list(model.branch.state_dict()), family)
+    try: model.branch.to(branch[table].dtype).load_state_dict(weights)
     except RuntimeError as e: raise InputError(f"{name} does not fit: {' '.join(str(e).split())[:400]}") from e
     return model
 
 # %% ../../nbs/2_models/29_release.ipynb #95fe877a
-_PLAIN = re.compile(r"cls_token|pos_embed|(patch_embed\.proj|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])|norm|fc_norm|head)\.(weight|bias)")
+_PLAIN = re.compile(r"cls_token|pos_embed|(patch_embed\.proj|norm|fc_norm|head"
+                    r"|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12]))\.(weight|bias)")
+
+def _check_plain(backbone:Backbone, family:str):
+    "Raise `InputError` for a backbone that a variant of the release cannot hold."
+    state = backbone.vit.state_dict()
+    if extra := [k for k in state if not _PLAIN.fullmatch(k)]:
+        raise InputError(f"The release knows only the plain ViT, and {backbone.name} has {len(extra)} tensors more "
+                         f"(as {extra[0]}).")
+    if (layout_of(state) == "mae") != (family == "mae"):
+        reads = "class token" if family == "mae" else "mean of the patches"
+        raise InputError(f"The head of {backbone.name} reads the {reads}; it cannot be written as {family} (mae reads "
+                         "the mean of the patches, vit and swag the class token).")
 
 def to_reference_state_dict(
     model:LLB,
     family:str # "vit", "mae" or "swag"
 )->StateDict: # sharing memory with the model
-    "The tensors in the release's layout, a linear visual head in place of the backbone's. Raises `InputError` for what has no place there."
-    if family not in REFERENCE_FAMILIES: raise InputError(f"The release has no variant {family!r}; choose vit, mae or swag.")
-    backbone = model.backbone.vit.state_dict()
-    if extra := [k for k in backbone if not _PLAIN.fullmatch(k)]:
-        raise InputError(f"The release knows only the plain ViT, and {model.backbone.name} has {len(extra)} tensors more (as {extra[0]}).")
-    if (layout_of(backbone) == "mae") != (family == "mae"):
-        raise InputError(f"The head of {model.backbone.name} reads the {'mean of the patches' if family != 'mae' else 'class token'}; "
-                         f"it cannot be written as {family} (mae reads the mean of the patches, vit and swag the class token).")
+    "The tensors in the release's layout. Raises `InputError` for a model that the release cannot hold."
+    if family not in REFERENCE_FAMILIES:
+        raise InputError(f"The release has no variant {family!r}; choose vit, mae or swag.")
+    if model.parts:
+        raise InputError("The release has only its own latent objects; "
+                         f"this model has another {', '.join(model.parts)}.")
+    _check_plain(model.backbone, family)
     out = {reference_name(k, family): v for k, v in model.state_dict().items()}
     if family == "swag": out["encoder.pos_embedding"] = out["encoder.pos_embedding"].transpose(0, 1).contiguous()
     return out

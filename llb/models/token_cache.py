@@ -37,8 +37,9 @@ def token_layout(
     augment:RandAugment|None=None # None for the release's
 )->dict: # JSON-able
     "Everything the stored numbers depend on."
-    layout = {"images": images.content_key, "preprocessing": asdict(backbone.preprocessing), "backbone": backbone.content_hash(),
-              "dtype": str(backbone.dtype), "amp": amp, "layer": layer, "visual": _visual(backbone)[0], "views": views}
+    layout = {"images": images.content_key, "preprocessing": asdict(backbone.preprocessing),
+              "backbone": backbone.content_hash(), "dtype": str(backbone.dtype), "amp": amp, "layer": layer,
+              "visual": _visual(backbone)[0], "views": views}
     return {**layout, "seed": seed, "augment": asdict(augment or RandAugment())} if views else layout
 
 # %% ../../nbs/2_models/27_token_cache.ipynb #2b52c7b8
@@ -96,14 +97,14 @@ def build_tokens(
     dataset:Dataset|None=None, # where the images are read; None for their files
     views:int=0, seed:int=0    # see `token_layout`; `dataset` then augments
 )->TokenStore:
-    "Open the stored features of these images, computing those that are missing. Raises `InputError` without disk space."
+    "Open the stored features of these images, computing what is missing. Raises `InputError` without disk space."
     dataset = dataset or ImageDataset(images, backbone.transform(train=views > 0), seed)
     def opened()->ArrayStore:
         layout = token_layout(backbone, layer, images, runtime.amp, views, seed, getattr(dataset, "augment", None))
         tokens = backbone.num_prefix + backbone.grid[0] * backbone.grid[1]
         columns = {"tokens": ("int16", (tokens, backbone.dim)), "visual": ("float32", (_visual(backbone)[1],))}
-        return open_store(folder or cache_dir() / "tokens", layout, columns, len(images) * max(1, views),
-                          f"token cache (--cache, {desc})")
+        rows = len(images) * max(1, views)
+        return open_store(folder or cache_dir() / "tokens", layout, columns, rows, f"token cache (--cache, {desc})")
     def fill(store:ArrayStore, batches:list[range]):
         _compute(TokenStore(store), batches, backbone, dataset, runtime, workers, desc)
     return TokenStore(build_store(opened, fill, batch_size))

