@@ -2,6 +2,7 @@
 import os
 import random
 import resource
+import runpy
 import sys
 import tracemalloc
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw  # noqa: E402
 
 pytest.register_assert_rewrite("browser", "running")
 from browser import chromium, lab  # noqa: E402, F401  (fixtures of the browser tests)
-from running import Command, flags, Forked, OPTIONS, results, TINY  # noqa: E402
+from running import Command, flags, forked_training, OPTIONS, results, TINY  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 def draw(shape, rng, size=40):
@@ -88,6 +89,13 @@ def nasty_index(small_llb, tmp_path_factory):
     return index
 
 
+@pytest.fixture(scope="session")
+def big_index(tmp_path_factory):
+    "A synthetic index of 50,000 images, 2,048 objects and 1,000 classes, as the benchmark of the explorer makes it."
+    make = runpy.run_path(str(ROOT / "benchmarks/explorer.py"))["synthetic_index"]
+    return make(tmp_path_factory.mktemp("big") / "index")
+
+
 def peak_memory(task):
     "The most MB of Python objects while a task runs, and of this process so far."
     tracemalloc.start()
@@ -123,7 +131,7 @@ def forked(tmp_path):
     "Run the training command in forked processes."
     runs = []
     def make(processes=1, **options):
-        runs.append(Forked(tmp_path / f"log{len(runs)}.txt", processes, **options))
+        runs.append(forked_training(tmp_path / f"log{len(runs)}.txt", processes, **options))
         return runs[-1]
     yield make
     for run in runs:
@@ -137,7 +145,8 @@ def whole(tmp_path_factory, images):
     folder = tmp_path_factory.mktemp("whole")
     for processes in 1, 2:
         options = OPTIONS | {"batch_size": 6 // processes}
-        run = Forked(folder / "log.txt", processes, data_dir=images, save_dir=folder, name=str(processes), **options)
+        options = dict(data_dir=images, save_dir=folder, name=str(processes), **options)
+        run = forked_training(folder / "log.txt", processes, **options)
         assert run.finish() == [0] * processes, run.text
     return folder
 
@@ -152,6 +161,7 @@ def wanted(whole):
 def visual_run(tmp_path_factory, images):
     "The folder of a finished run that fine-tuned a backbone; not to be changed."
     folder = tmp_path_factory.mktemp("visual")
-    run = Forked(folder / "log.txt", data_dir=images, save_dir=folder, objective="visual", epochs=2, batch_size=12)
+    options = dict(objective="visual", epochs=2, batch_size=12)
+    run = forked_training(folder / "log.txt", data_dir=images, save_dir=folder, **options)
     assert run.finish() == [0], run.text
     return folder / TINY["name"]

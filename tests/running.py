@@ -82,39 +82,34 @@ class Command:
 # Starting Python and importing PyTorch takes seconds. Where only the training matters, processes are forked from one
 # that has done so.
 
-def _train_here(argv, env, log, patch):
+def _in_fork(env, log, task, args):
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)   # for loader workers, as in a process that was not forked
     os.environ.update(env)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in 1, 2: os.dup2(file, stream)
-    from llb import train
-    if patch: patch[0](*patch[1:])
-    train.main(argv)
+    task(*args)
+
+
+def environment_of_ranks(processes):
+    "The environment of each process of a group, as torchrun would set it; nothing for a single one."
+    if processes == 1: return [{}]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 class Forked:
-    """The training command in one or several processes that are forked, not started.
-
-    `patch`, a function and its arguments, is called first: in all of them, or in that of `patch_rank`.
-    """
-    def __init__(self, log, processes=1, patch=None, patch_rank=None, **options):
+    "Tasks (a function and its arguments), each in a process that is forked, not started, and all of one group."
+    def __init__(self, log, *tasks):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["llb.train", "llb.training.finetune", "llb.runs.cost"])
         self.log, self.ranks = Path(log), []
-        common, argv = self._environment(processes), flags(**{**TINY, **options})
-        for rank in range(processes):
-            env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} if common else {}
-            mine = patch if patch_rank in (None, rank) else None
-            self.ranks.append(context.Process(target=_train_here, args=(argv, env, str(log), mine)))
+        for env, (task, *args) in zip(environment_of_ranks(len(tasks)), tasks):
+            self.ranks.append(context.Process(target=_in_fork, args=(env, str(log), task, args)))
             self.ranks[-1].start()
-
-    def _environment(self, processes):
-        if processes == 1: return {}
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        return {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
     def alive(self): return any(process.is_alive() for process in self.ranks)
 
@@ -127,6 +122,21 @@ class Forked:
         assert not late, f"{len(late)} processes did not end within {timeout} s:\n{self.log.read_text()}"
         self.text = self.log.read_text()
         return [p.exitcode for p in self.ranks]
+
+
+def _train(argv, patch):
+    from llb import train
+    if patch: patch[0](*patch[1:])
+    train.main(argv)
+
+
+def forked_training(log, processes=1, patch=None, patch_rank=None, **options):
+    """The training command in forked processes.
+
+    `patch`, a function and its arguments, is called first: in all of them, or in that of `patch_rank`.
+    """
+    argv = flags(**{**TINY, **options})
+    return Forked(log, *[(_train, argv, patch if patch_rank in (None, rank) else None) for rank in range(processes)])
 
 
 def wait_for_step(folder, step, command, timeout=60):
