@@ -74,10 +74,18 @@ class Head(nn.Module):
     "Base of heads. A subclass sets `visual_head` (`make_visual_head`, or None) and `alpha`."
     alpha = 0.5
 
+    @property
+    def dtype(self)->torch.dtype: # of the trained part; cached features may have another
+        return next(self.parameters()).dtype
+
+    def patches(self, features:BackboneOutput)->Tensor: # [B,N,D]
+        "The patches of `target_layer` in the precision of the head."
+        return features.patches.to(self.dtype)
+
     def visual_logits(self, features:BackboneOutput)->Tensor|None: # [B,C]
         "The backbone's own scores, or those of the linear visual head."
         if self.visual_head is None: return features.visual_logits
-        return self.visual_head(features.visual_features.to(self.visual_head.weight.dtype))
+        return self.visual_head(features.visual_features.to(self.dtype))
 
     @property
     def needs_visual(self)->bool:

@@ -128,10 +128,6 @@ class LabelBranch(_BranchLayers):
         patches = self.visual_patches(features)
         return self.objects.compact(patches)[1] if self.compact else self.objects.assigner(patches).mean(1)
 
-    @property
-    def dtype(self)->torch.dtype: # of the trained part
-        return self.classifier.weight.dtype
-
 # %% ../../nbs/2_models/26_llb.ipynb #b30e230f
 class LLB(HeadModel):
     "Label-focused Latent-object Biasing on a frozen backbone; in eval mode when it is made."
