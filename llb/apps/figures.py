@@ -30,6 +30,7 @@ def colours_of(
     "The coloured objects of an image, as plots take them."
     return {k: OKABE_ITO[number] for k, number in colours_in(catalog, i).items()}
 
+# %% ../../nbs/8_apps/82_figures.ipynb #763192c5
 def tiles_of(
     catalog:Catalog,
     patches:Exemplars,   # [m]; patch -1 for the whole image
@@ -50,6 +51,7 @@ def _caption(figure:Figure, catalog:Catalog, text:str)->Figure:
     figure.supxlabel(f"{plain_text(text, 200)}\n{plain_text(made, 200)}", fontsize=SMALL - 1, color=INK)
     return figure
 
+# %% ../../nbs/8_apps/82_figures.ipynb #6cb940cc
 def _plot_predictions(
     ax:Axes,
     found:dict[str, list[tuple[str, float]]], # see `predictions`
@@ -67,6 +69,7 @@ def _plot_predictions(
     ax.set(xlim=(0, 1), ylim=(11, -1), yticks=[1, 5, 9], yticklabels=names)
     decorate(ax, "probability of the three likeliest classes", "scale 0 to 1")
 
+# %% ../../nbs/8_apps/82_figures.ipynb #49b51624
 def figure_of_image(
     catalog:Catalog,
     i:int,                  # image
@@ -94,7 +97,7 @@ def figure_of_object(
     object_id:int,
     i:int            # the image on screen; not among those drawn at random
 )->Figure:
-    "An object's gallery, and where else it is. Raises `InputError` for a dead object."
+    "An object's gallery, and where else it is. Raises `InputError` when there is no patch to show."
     rows = [TileRow(name, tiles_of(catalog, patches), [f"p {p:.2f}" for p in patches.score])
             for name, patches in gallery_rows(catalog, object_id, i).items()]
     figure = plot_gallery(rows, catalog.title(object_id))[0, 0].get_figure()

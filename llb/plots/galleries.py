@@ -34,6 +34,7 @@ def _crop_around(
     y, x = round(row * height), round(column * width)
     return padded[y:y + round(height) + 2 * above, x:x + round(width) + 2 * left]
 
+# %% ../../nbs/6_plots/63_galleries.ipynb #373ca449
 def tile(
     image:np.ndarray,                # [H,W,3] uint8
     patch:int|None=None,             # 0..N-1, row by row; None for the whole image
@@ -77,6 +78,12 @@ class TileRow(NamedTuple):
     tiles: list     # [h,w,3] uint8 each
     captions: list  # a text below each, such as p
 
+def _empty(ax:Axes):
+    "No ticks and no frame."
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+# %% ../../nbs/6_plots/63_galleries.ipynb #f8698999
 def plot_gallery(
     rows:list[TileRow],
     title:str="",
@@ -87,7 +94,8 @@ def plot_gallery(
     if not rows: raise InputError("There are no patches to draw; the object is dead, or no image is left.")
     for row in rows:
         if len(row.tiles) != len(row.captions):
-            raise InputError(f"Row {row.name!r} has {len(row.tiles)} tiles and {len(row.captions)} captions; give one each.")
+            raise InputError(f"Row {row.name!r} has {len(row.tiles)} tiles and {len(row.captions)} captions; "
+                             "give one each.")
     figure = Figure(figsize=(1.15 * columns + 1, 1.35 * len(rows) + .9), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for ax in axes.flat: _empty(ax)
@@ -98,8 +106,3 @@ def plot_gallery(
             ax.set_xlabel(plain_text(caption, 14), fontsize=SMALL - 1, color=INK)
     figure.suptitle(plain_text(title, 100), **HEADING)
     return axes
-
-def _empty(ax:Axes):
-    "No ticks and no frame."
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
