@@ -21,10 +21,11 @@ def _fit(config:Config, data, backbone, runtime)->dict: # what metrics.json hold
     from llb.training.trainer import Trainer
     classes = len(data.classes)
     visual = config.visual.objective == "visual"
-    model = make_visual_model(config.visual, backbone, classes) if visual else make_model(config.model, backbone, classes)
+    if visual: model = make_visual_model(config.visual, backbone, classes)
+    else: model = make_model(config.model, backbone, classes)
     trained = sum(p.numel() for p in model.branch.parameters()) / 1e6
-    print_main(f"{len(data.train)} training, {len(data.selection)} selection and {len(data.val)} validation images of {classes} classes; "
-               f"{backbone.name} ({backbone.source}); {trained:.1f} M trained parameters; "
+    print_main(f"{len(data.train)} training, {len(data.selection)} selection and {len(data.val)} validation images "
+               f"of {classes} classes; {backbone.name} ({backbone.source}); {trained:.1f} M trained parameters; "
                f"{runtime.world_size} process(es) on {runtime.device.type}.")
     if runtime.is_main and not visual:
         print_main(preview(config_cost(config.model, classes), config, len(data.train), runtime.world_size))
@@ -51,7 +52,7 @@ def _score(config:Config, data, backbone, runtime)->dict: # what metrics.json ho
 def train(
     config:Config
 )->dict: # what metrics.json holds; {} when the run was stopped
-    "Run a configuration from images to metrics, in every process `torchrun` started; a run that it restarts is resumed."
+    "Run a configuration from images to metrics, in every process of `torchrun`; a run that it restarts is resumed."
     import torch
     from llb.core.distributed import main_first, restarted, run_on_main, start_runtime
     from llb.runs.build import make_backbone, make_data

@@ -2,6 +2,7 @@
 import os
 import random
 import resource
+import runpy
 import sys
 import tracemalloc
 from pathlib import Path
@@ -86,6 +87,13 @@ def nasty_index(small_llb, tmp_path_factory):
     index = build_index(small_llb, loader, tmp_path_factory.mktemp("run") / "objects" / "val", runtime)
     build_effects(small_llb, loader, index, runtime, 3)
     return index
+
+
+@pytest.fixture(scope="session")
+def big_index(tmp_path_factory):
+    "A synthetic index of 50,000 images, 2,048 objects and 1,000 classes, as the benchmark of the explorer makes it."
+    make = runpy.run_path(str(ROOT / "benchmarks/explorer.py"))["synthetic_index"]
+    return make(tmp_path_factory.mktemp("big") / "index")
 
 
 def peak_memory(task):

@@ -104,6 +104,28 @@ def test_beyond_eight_objects_there_are_greys():
     assert all(colour_of(i, {}) in GREYS for i in range(3000))
 
 
+DEUTERANOPIA = np.array([[.367322, .860646, -.227968], [.280085, .672501, .047413],
+                         [-.011820, .042940, .968881]])   # Machado, Oliveira and Fernandes, 2009
+XYZ = np.array([[.4124, .3576, .1805], [.2126, .7152, .0722], [.0193, .1192, .9505]])   # of linear sRGB
+
+
+def lab_colours(rgb):
+    "CIELAB of linear RGB in 0..1."
+    xyz = np.clip(rgb, 0, 1) @ XYZ.T / np.array([.9505, 1, 1.089])
+    f = np.where(xyz > .008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
+
+
+@pytest.mark.parametrize("eye", [np.eye(3), DEUTERANOPIA], ids=["common", "deuteranopia"])
+def test_the_eight_colours_of_objects_can_be_told_apart(eye):
+    shown = over([to_rgb(c) for c in OKABE_ITO], MAX_OPACITY, .95)   # where the model is certain, over a pale image
+    linear = np.where(shown <= .04045, shown / 12.92, ((shown + .055) / 1.055) ** 2.4) @ eye.T
+    lab = lab_colours(linear)
+    distance = np.linalg.norm(lab[:, None] - lab, axis=-1)[np.triu_indices(8, 1)]
+    assert distance.min() > 10, distance.min()   # 2.3 can just be noticed
+    assert np.ptp([to_rgb(c) for c in GREYS], axis=1).max() < .01
+
+
 def test_ids_are_written_once_a_region_and_never_over_each_other():
     objects = np.repeat([2047, 5, 2047], 12).reshape(6, 6)
     ax = maps.plot_assignment_map(np.ones((84, 84, 3)), (objects.ravel(), np.ones(36)), (6, 6))

@@ -28,6 +28,7 @@ def _weights(count:int)->np.ndarray: # [count] uint64, odd
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (x ^ (x >> np.uint64(31))) | np.uint64(1)
 
+# %% ../../nbs/0_core/05_arrays.ipynb #fcb1cae8
 def _checksum(
     row:int,                 # its number: a row in the place of another is damage, too
     arrays:list[np.ndarray]  # what it holds
@@ -162,6 +163,7 @@ def _room(folder:Path, sizes:dict[str, int])->tuple[int, int]: # bytes that are 
     held = sum(file.stat().st_blocks * 512 for file in files if file.exists())
     return max(0, sum(sizes.values()) - held), shutil.disk_usage(folder).free
 
+# %% ../../nbs/0_core/05_arrays.ipynb #bef98aec
 def _reserve(path:Path, size:int)->bool: # whether it had another size
     "Make a file as long as it must be, its room reserved where the system can."
     with open(path, "ab") as file:
@@ -170,6 +172,7 @@ def _reserve(path:Path, size:int)->bool: # whether it had another size
         if size and hasattr(os, "posix_fallocate"): os.posix_fallocate(file.fileno(), 0, size)   # macOS has none
     return before != size
 
+# %% ../../nbs/0_core/05_arrays.ipynb #2f46e5f3
 def _make_files(folder:Path, sizes:dict[str, int])->bool: # whether one had another size
     "Create the files of a store, or mend their sizes. Raises `OSError` when the disk is too small."
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,6 +184,7 @@ def _make_files(folder:Path, sizes:dict[str, int])->bool: # whether one had anot
 def _content_key(content:dict)->str: # 16 hex digits
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
+# %% ../../nbs/0_core/05_arrays.ipynb #7d2ce234
 def open_store(
     root:str|Path,                                  # where such stores are kept
     about:dict,                                     # JSON-able: everything the content depends on

@@ -16,6 +16,7 @@ def is_interactive()->bool: # someone watches: a terminal or a notebook
     "Whether a progress bar would be seen rather than fill a log file."
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
+# %% ../../nbs/0_core/03_console.ipynb #ece69f8d
 def progress(
     items=None,          # what to iterate over; None for a bar moved by hand
     total:int|None=None, # how many, when `items` cannot tell

@@ -72,6 +72,7 @@ def _join_group(device:torch.device, timeout_s:float):
         raise InputError(f"The {size} processes did not all meet within {timeout_s:g} s (this is {me}); see that every "
                          "machine was started and reaches the others, or allow more with --timeout.") from e
 
+# %% ../../nbs/0_core/01_distributed.ipynb #028628e8
 @contextmanager
 def start_runtime(
     device:str="auto",     # see `pick_device`
@@ -99,6 +100,7 @@ def barrier():
     "Wait until every process is here."
     if dist.is_initialized(): dist.barrier()
 
+# %% ../../nbs/0_core/01_distributed.ipynb #3e36237c
 def sum_over_ranks(
     x:Tensor # any shape; the same on every rank
 )->Tensor: # the sum over processes, without gradient
@@ -107,12 +109,14 @@ def sum_over_ranks(
     if dist.is_initialized(): dist.all_reduce(x)
     return x
 
+# %% ../../nbs/0_core/01_distributed.ipynb #f17bc75b
 def any_rank(
     *flags:bool
 )->list[bool]: # for each flag, whether it is up on at least one process
     "Agree on flags: every process returns the same answer. Runs on the CPU, so it never waits for a GPU."
     return [n > 0 for n in sum_over_ranks(torch.tensor(flags, dtype=torch.int)).tolist()]
 
+# %% ../../nbs/0_core/01_distributed.ipynb #4bcf47c3
 def gather_objects(
     item # anything picklable, made by this program
 )->list: # one item per process, in rank order
@@ -132,6 +136,7 @@ def raise_everywhere()->Iterator[None]:
     except InputError as e: error = e
     if errors := [e for e in gather_objects(error) if e]: raise errors[0]
 
+# %% ../../nbs/0_core/01_distributed.ipynb #990860fc
 def run_on_main(
     task:Callable # takes nothing; returns something picklable
 ):
@@ -141,6 +146,7 @@ def run_on_main(
         if rank() == 0: result = task()
     return gather_objects(result)[0]
 
+# %% ../../nbs/0_core/01_distributed.ipynb #84ddd8ee
 def main_first(
     task:Callable # takes nothing
 ):

@@ -38,6 +38,7 @@ def _remove(path:Path): # a file or a folder, or nothing
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
     else: path.unlink(missing_ok=True)
 
+# %% ../../nbs/0_core/04_files.ipynb #842c8f73
 def _rename_over(made:Path, path:Path):
     "Give `made` its final name. A folder can't be renamed over one that holds files: that one is moved aside first."
     if not (made.is_dir() and path.exists()): return os.replace(made, path)
@@ -76,6 +77,7 @@ def write_json(
     "Replace a file at once: a reader sees the old or the new content, never a part."
     with atomic(path) as made: made.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
+# %% ../../nbs/0_core/04_files.ipynb #128b96ac
 def read_json(path:Path)->dict: # {} when there is no such file
     "What a JSON file holds."
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -25,6 +25,7 @@ def _moved(image:Image.Image, operation:str, magnitude:float)->Image.Image:
     shear = [angle, 0.0] if operation == "ShearX" else [0.0, angle]
     return F.affine(image, 0.0, [0, 0], 1.0, shear, center=[0, 0])
 
+# %% ../../nbs/1_data/14_augment.ipynb #cbfd7261
 @lru_cache(maxsize=32)
 def _sources(operation:str, magnitude:float, height:int, width:int)->np.ndarray: # [H*W]
     "Where each pixel of a moved image comes from: 1 + the number of a pixel, or 0 for black."
@@ -40,6 +41,7 @@ def _span(length:int, by:int)->tuple[slice, slice]: # to, from
     "Which pixels of a line take which, when it is shifted forward, or back where `by` is negative."
     return slice(max(by, 0), length + min(by, 0)), slice(max(-by, 0), length - max(by, 0))
 
+# %% ../../nbs/1_data/14_augment.ipynb #02ce4651
 def _translate_x(x:np.ndarray, magnitude:float)->np.ndarray: # [3,H,W]; whole pixels to the right
     out = np.zeros_like(x)
     to, source = _span(x.shape[2], int(magnitude))
@@ -61,6 +63,7 @@ def _blend(a, x:np.ndarray, magnitude:float)->np.ndarray: # [3,H,W] uint8
     out += a
     return out.clip(0, 255, out=out).astype(np.uint8)
 
+# %% ../../nbs/1_data/14_augment.ipynb #978b62e5
 def _grey(x:np.ndarray)->np.ndarray: # [H,W]; luma as Pillow rounds it
     r, g, b = x.astype(np.uint32)
     return ((r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16).astype(np.uint8)

@@ -92,6 +92,7 @@ def _obey_parent_only(worker:int):
         os._exit(0)
     threading.Thread(target=wait, daemon=True).start()
 
+# %% ../../nbs/1_data/15_batches.ipynb #bf6eef39
 def make_loader(
     dataset:Dataset,
     batches:TrainBatches|EvalBatches|list, # of lists of keys

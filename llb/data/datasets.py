@@ -35,6 +35,7 @@ def _check_files(
         raise InputError(f"{len(missing)} of {len(images)} listed images are not in {images.root}, {missing[0]} for "
                          "one; unpack their archive there, or correct --data_dir.")
 
+# %% ../../nbs/1_data/12_datasets.ipynb #eb860d80
 def _from_rows(root:Path, rows:list[tuple[str, int]], classes:tuple[str, ...], source:str)->ImageList:
     "Images from (file, label) pairs, by file name. Raises `InputError` for none, or missing ones."
     if not rows: raise InputError(f"{root / source} lists no images.")
@@ -54,6 +55,7 @@ def _class_folders(base:Path, key:Callable)->list[str]:
                          "in train.")
     return sorted(names, key=int if all(n.isdecimal() for n in names) else key)
 
+# %% ../../nbs/1_data/12_datasets.ipynb #4b6c9664
 def _read_folders(
     root:Path,        # holds train/ and val/
     key:Callable=str  # class name -> what to sort by
@@ -93,6 +95,7 @@ def _check_places(images:ImageList):
         print_main(f"The classes of {images.root} are not named as those of Places365; their order is taken to be "
                    "the official one.")
 
+# %% ../../nbs/1_data/12_datasets.ipynb #258dbb5e
 def _official_name(folder:str)->str: # what the name sorts as
     return folder.replace("_", "-", 1) if folder in _NESTED else folder
 
@@ -119,6 +122,7 @@ def _read_list(path:Path)->list[tuple[str, int]]: # name without a leading slash
         rows.append((words[0].lstrip("/"), int(words[1])))
     return rows
 
+# %% ../../nbs/1_data/12_datasets.ipynb #35a14f0b
 def _first_folder(root:Path, *names:str)->str:
     "The first of some folders that exists. Raises `InputError` when none does."
     for name in names:
@@ -137,6 +141,7 @@ def _check_places_lists(root:Path, places:list, train:list, val:list):
         raise InputError(f"The training list of {root} gives {wrong} a class index that categories_places365.txt gives "
                          "another class.")
 
+# %% ../../nbs/1_data/12_datasets.ipynb #a137507a
 def _read_lists(root:Path)->tuple[ImageList, ImageList]:
     "Places365 with its official lists; the 256-pixel images where both sizes are there."
     places = sorted(_read_list(root / "categories_places365.txt"), key=lambda row: row[1])
@@ -176,6 +181,7 @@ def _read_annotations(path:Path)->tuple[dict, dict, list]:
         raise InputError(f"{path} has no images, annotations and categories as iNaturalist 2018's files have "
                          f"({type(e).__name__}: {e}).") from e
 
+# %% ../../nbs/1_data/12_datasets.ipynb #bfbdea11
 def _join(path:Path, files:dict, names:dict, pairs:list)->list[tuple[str, int]]: # file, label
     "Give every image its label. Raises `InputError` unless each has exactly one, of a category that exists."
     labels = dict(pairs)
@@ -222,6 +228,7 @@ _OFFICIAL = {"imagenet": _Official("ImageNet", 1000, 1_281_167, 50_000, read_ima
              "inat18": _Official("iNat18", 8142, 437_513, 24_426, read_inat18)}
 _ALIASES = {"imageet": "imagenet", "plc365": "places365", "inaturalist": "inat18"}  # the first as in the release
 
+# %% ../../nbs/1_data/12_datasets.ipynb #ad1425c9
 def dataset_name(
     name:str # in any case
 )->str: # lower case, without aliases
@@ -245,6 +252,7 @@ def _folder_of(name:str, data_dir:str|Path|None)->Path:
                          "folder of your own (--dataset ImageFolder).")
     return BUNDLED
 
+# %% ../../nbs/1_data/12_datasets.ipynb #fafefe85
 def _load_official(official:_Official, root:Path, num_classes:int|None, selection_fraction:float, seed:int)->Data:
     if not root.is_dir():
         raise InputError(f"There is no folder {str(root)!r}; --data_dir must name the folder that holds "
@@ -256,6 +264,7 @@ def _load_official(official:_Official, root:Path, num_classes:int|None, selectio
                    f"is {official.train:,} and {official.val:,}.")
     return make_splits(train, val, selection_fraction, seed)
 
+# %% ../../nbs/1_data/12_datasets.ipynb #51de8a6f
 def load_dataset(
     name:str,                      # ImageNet, Places365, iNat18, ImageFolder or openclipart, in any case
     data_dir:str|Path|None=None,   # its folder; only openclipart can do without
@@ -279,6 +288,7 @@ def _imagenet_labels(classes:tuple[str, ...])->dict[int, int]|None: # official i
     if set(classes) <= set(ids): return {ids.index(c): label for label, c in enumerate(classes)}
     return {i: i for i in range(len(ids))} if len(classes) == len(ids) else None
 
+# %% ../../nbs/1_data/12_datasets.ipynb #bd771c1f
 def real_labels(
     images:ImageList
 )->list[set[int]|None]|None: # acceptable labels of each image, None for one that does not count

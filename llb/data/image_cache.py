@@ -30,6 +30,7 @@ def all_images(data:Data)->ImageList:
     files = tuple(sorted(labels))
     return replace(data.train, files=files, labels=tuple(labels[f] for f in files), groups=files)
 
+# %% ../../nbs/1_data/16_image_cache.ipynb #308f7f85
 def image_layout(
     images:ImageList,
     preprocessing:Preprocessing
@@ -56,6 +57,7 @@ class ImageStore:
         rows = {file: row for row, file in enumerate(self.files)}
         return np.array([rows[file] for file in images.files])
 
+# %% ../../nbs/1_data/16_image_cache.ipynb #7dc7be79
 def build_images(
     images:ImageList,
     preprocessing:Preprocessing,

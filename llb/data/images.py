@@ -109,6 +109,7 @@ def _read_groups(
 def _refuse(error:OSError):
     raise InputError(f"The folder {error.filename!r} cannot be read ({error.strerror}).") from error
 
+# %% ../../nbs/1_data/10_images.ipynb #cc8d5379
 def _image_files(folder:Path, name:str)->list[str]: # "name/a.jpg", "name/b/c.png", ...
     "The image files below a folder, which is called `name`. Raises `InputError` when a folder in it cannot be read."
     found, skip = [], len(str(folder))
@@ -116,6 +117,7 @@ def _image_files(folder:Path, name:str)->list[str]: # "name/a.jpg", "name/b/c.pn
         found += [f"{name}{path[skip:]}/{f}" for f in files if f.lower().endswith(IMG_EXTENSIONS)]
     return sorted(found, key=lambda f: f.split("/"))
 
+# %% ../../nbs/1_data/10_images.ipynb #8b160bfa
 def _class_names(base:Path)->tuple[str, ...]: # sorted
     "The folders in a folder that aren't hidden. Raises `InputError` when it can't be read."
     if not base.is_dir():

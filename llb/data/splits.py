@@ -29,6 +29,7 @@ def _draw_groups(
         drawn += groups[name]
     return drawn
 
+# %% ../../nbs/1_data/11_splits.ipynb #5d630ae3
 def split_off(
     images:ImageList,
     fraction:float,   # 0..1, to cut off, of each class
@@ -56,6 +57,7 @@ class Data:
     @property
     def classes(self)->tuple[str, ...]: return self.train.classes
 
+# %% ../../nbs/1_data/11_splits.ipynb #705fd1f5
 def check_labels(
     images:ImageList,
     expected:int|None # classes; None for any number
@@ -84,6 +86,7 @@ def make_splits(
                              "cut from.")
     return data
 
+# %% ../../nbs/1_data/11_splits.ipynb #b8df3849
 def load_data(
     root:str|Path,                 # class folders, or train/ and val/ with class folders in them
     selection_fraction:float=0.15, # cut from the training images

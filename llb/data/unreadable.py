@@ -45,6 +45,7 @@ def known_unreadable(
     try: return json.loads(_note(data).read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
 
+# %% ../../nbs/1_data/17_unreadable.ipynb #874b0f96
 def check_images(
     data:Data
 )->dict[str, str]: # path -> reason

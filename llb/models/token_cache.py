@@ -27,6 +27,7 @@ def _visual(backbone:Backbone)->tuple[str, int]: # what the visual head reads, a
     if backbone.num_classes: return "visual_logits", backbone.num_classes
     return "visual_features", backbone.num_features
 
+# %% ../../nbs/2_models/27_token_cache.ipynb #e823f25b
 def token_layout(
     backbone:Backbone,
     layer:int,            # 1..depth
@@ -73,6 +74,7 @@ class _ByRow(Dataset):
         row = key[1]
         return {**self.dataset[divmod(row, len(self.dataset))], "index": row}
 
+# %% ../../nbs/2_models/27_token_cache.ipynb #0ea739d8
 def _compute(
     store:TokenStore, batches:list[range], backbone:Backbone, dataset:Dataset, runtime:Runtime, workers:int, desc:str
 ):

@@ -248,7 +248,8 @@ def plot_soft_map(
         raise InputError(f"There are {len(p)} probabilities for a grid of {h} x {w} patches; give one a patch.")
     scale = "fixed"
     if vmax is None: scale, vmax = "own", p.max()
-    if not vmin < vmax: raise InputError(f"The scale runs from {vmin:.3g} to {vmax:.3g}; vmax must be above vmin.")
+    if not vmin < vmax:
+        raise InputError(f"The scale runs from {vmin:.3g} to {vmax:.3g}; vmax must be above vmin.")
     ax = plot_image(pale(image), grid, new_axes(ax, (4.4, _height(image, 3.3) + .5)))
     heat = ax.imshow(p.reshape(grid), cmap="viridis", vmin=vmin, vmax=vmax, alpha=.8, extent=(0, w, h, 0),
                      aspect=ax.get_aspect(), interpolation="nearest")
@@ -298,7 +299,8 @@ def plot_map_gallery(
     given = dict(assignments=assignments, labels=labels,
                  label_predictions=label_predictions, fused_predictions=fused_predictions)
     for name, x in given.items():
-        if x is not None and len(x) != M: raise InputError(f"{name} are {len(x)} for {M} images; give one an image.")
+        if x is not None and len(x) != M:
+            raise InputError(f"{name} are {len(x)} for {M} images; give one an image.")
     objects, confidence = (np.stack(x) for x in zip(*(top_objects(a, grid) for a in assignments)))
     if colours is None: colours = object_colours(by_importance(objects, confidence))
     truths, by_label, fused = ([None] * M if x is None else x for x in (labels, label_predictions, fused_predictions))
@@ -306,7 +308,8 @@ def plot_map_gallery(
     for m, (left, right) in enumerate(axes):
         plot_image(images[m], grid, left)
         plot_map(images[m], objects[m], confidence[m], colours, 6, right)
-        if truths[m] is not None: left.set_title(f"true: {plain_text(truths[m], 18)}", **TEXT, loc="left")
+        if truths[m] is not None:
+            left.set_title(f"true: {plain_text(truths[m], 18)}", **TEXT, loc="left")
         right.set_title(_prediction_lines(truths[m], by_label[m], fused[m]), **TEXT, loc="left")
     note = (f"object, fraction of the {objects.size} patches of {M} images; {grid[0]} x {grid[1]} patches an image, "
             f"opacity {MAX_OPACITY} p, mean p {confidence.mean():.2f}")

@@ -29,7 +29,8 @@ def as_array(
         x = x.detach().cpu()
         if x.is_floating_point(): x = x.float()     # numpy has no bf16
     try: x = np.asarray(x)
-    except ValueError: raise InputError(f"{what} has rows of different lengths; give an array with {axes}.") from None
+    except ValueError:
+        raise InputError(f"{what} has rows of different lengths; give an array with {axes}.") from None
     if x.dtype.kind not in "biuf": raise InputError(f"{what} holds {x.dtype} values; give numbers.")
     if x.ndim != ndim or not x.size:
         raise InputError(f"{what} has shape {x.shape}; give a non-empty array with {axes}.")
@@ -45,7 +46,8 @@ def as_image(
 )->np.ndarray: # [H,W,3], 0..1
     "An image as every plot wants it. Raises `InputError` for another shape, or values outside 0..1."
     x = as_array(image, "image", 3)
-    if x.shape[-1] != 3: raise InputError(f"image has shape {x.shape}; give [height, width, 3], channels last.")
+    if x.shape[-1] != 3:
+        raise InputError(f"image has shape {x.shape}; give [height, width, 3], channels last.")
     if x.min() < -1e-3 or x.max() > 1.001:
         raise InputError(f"image has values from {x.min():.3g} to {x.max():.3g}; "
                          "undo the normalisation, or divide by 255, so that they lie in 0..1.")

@@ -53,7 +53,8 @@ def model_cost(
     with FlopCounterMode(display=False) as counter: model.eval()(images)
     activations, train = _kept_bytes(model, images)
     tokens = backbone.num_prefix + backbone.grid[0] * backbone.grid[1]
-    return Cost(backbone.image_size[0], _count(model.branch), _count(backbone), counter.get_total_flops() / 1e9, train, activations,
+    return Cost(image_size=backbone.image_size[0], trained=_count(model.branch), frozen=_count(backbone),
+                predict=counter.get_total_flops() / 1e9, train=train, activations=activations,
                 tokens=tokens * backbone.dim * 2)   # bf16
 
 # %% ../../nbs/3_runs/33_cost.ipynb #043c43c3
@@ -70,8 +71,10 @@ def config_cost(
     "What the model of a configuration takes. Raises `InputError` for a backbone that does not exist."
     own_head = config.random_backbone or _published_classes(config.backbone) == num_classes
     with torch.device("meta"):
-        backbone = load_backbone(config.backbone, num_classes=num_classes if own_head else 0, image_size=config.image_size, pretrained=False)
-        return model_cost(LLB(backbone, config.num_objects, config.num_layers, config.target_layer, num_classes=num_classes))
+        backbone = load_backbone(config.backbone, num_classes=num_classes if own_head else 0,
+                                 image_size=config.image_size, pretrained=False)
+        model = LLB(backbone, config.num_objects, config.num_layers, config.target_layer, num_classes=num_classes)
+        return model_cost(model)
 
 # %% ../../nbs/3_runs/33_cost.ipynb #0b330b48
 def _memory(cost:Cost, config:Config, images:int)->float: # bytes, in float32
@@ -90,10 +93,10 @@ def preview(
     optim, data = config.optim, config.data
     images = -(-optim.batch_size // optim.micro_batches)   # of a micro-batch
     batch = min(optim.batch_size * processes, num_images)
-    lines = [f"{cost.trained / 1e6:.1f} M trained and {cost.frozen / 1e6:.1f} M frozen parameters; {cost.predict:.1f} GFLOPs to predict "
-             f"and {cost.train:.1f} to train on one {cost.image_size}-pixel image.",
-             f"About {_memory(cost, config, images) / 1e9:.1f} GB per process for weights, optimizer and {images} images at a time, "
-             "in float32, besides PyTorch itself.",
+    lines = [f"{cost.trained / 1e6:.1f} M trained and {cost.frozen / 1e6:.1f} M frozen parameters; {cost.predict:.1f} "
+             f"GFLOPs to predict and {cost.train:.1f} to train on one {cost.image_size}-pixel image.",
+             f"About {_memory(cost, config, images) / 1e9:.1f} GB per process for weights, optimizer and {images} "
+             "images at a time, in float32, besides PyTorch itself.",
              f"{optim.epochs} epochs of {num_images // batch} steps, {batch} images each."]
     if data.cache:
         views = f", {data.cache_views} views each" if data.cache_views else ""
@@ -106,10 +109,12 @@ _CLASSES = {"imagenet": 1000, "places365": 365, "inat18": 8142, "openclipart": 1
 
 def recipe_table()->str:
     "All recipes with their cost."
-    rows = [f"{'recipe':<16}{'data set':<13}{'pixels':>7}{'trained':>10}{'frozen':>10}{'GFLOPs: predict':>17}{'train':>8}   backbone"]
+    rows = [f"{'recipe':<16}{'data set':<13}{'pixels':>7}{'trained':>10}{'frozen':>10}"
+            f"{'GFLOPs: predict':>17}{'train':>8}   backbone"]
     for path in sorted(RECIPES.glob("*.toml")):
         config = Config.from_file(path)
         cost = config_cost(config.model, _CLASSES[config.data.dataset.lower()])
-        rows.append(f"{path.stem:<16}{config.data.dataset:<13}{cost.image_size:>7}{cost.trained / 1e6:>8.1f} M{cost.frozen / 1e6:>8.1f} M"
+        rows.append(f"{path.stem:<16}{config.data.dataset:<13}{cost.image_size:>7}"
+                    f"{cost.trained / 1e6:>8.1f} M{cost.frozen / 1e6:>8.1f} M"
                     f"{cost.predict:>17.1f}{cost.train:>8.1f}   {config.model.backbone}")
     return "\n".join(rows)

@@ -73,7 +73,7 @@ def measure_each(
     images:ImageList,
     weights:dict[str, float] # the alpha of each prediction to report
 )->dict: # JSON-able
-    "The quality of some predictions, what was seen, and for ImageNet's images ReaL accuracy (https://arxiv.org/abs/2006.07159)."
+    "The quality of some predictions; what was seen; ReaL accuracy for ImageNet (https://arxiv.org/abs/2006.07159)."
     metrics = {name: measure(scores, alpha) for name, alpha in weights.items()}
     metrics["seen"] = {"images": len(images), "scored": len(scores.index), "unique": len(np.unique(scores.index)),
                        "fingerprint": images.fingerprint()}
@@ -93,7 +93,10 @@ def class_top1(
     "Top-1 accuracy of each class by name."
     return {images.classes[c]: accuracy for c, accuracy in class_accuracy(scores, alpha).items()}
 
-def reported_weights(scores:Scores, alpha:float)->dict[str, float]: # "visual", "label", "fused" -> weight of the visual prediction
+def reported_weights(
+    scores:Scores,
+    alpha:float    # of the fused prediction
+)->dict[str, float]: # "visual", "label", "fused" -> weight of the visual prediction
     "The predictions to report: all three, or the only one that was scored."
     weights = {"visual": 1.0, "label": 0.0, "fused": alpha}
     if len(scores.alphas) > 1: return weights
@@ -105,7 +108,7 @@ def report_metrics(
     alpha:float,      # the weight used for the fused prediction
     chosen:str        # where alpha comes from, in words
 )->dict: # JSON-able
-    "All numbers of `metrics.json`: the three predictions and two fixed alphas (see `measure_each`), alpha, and top-1 per class."
+    "The numbers of `metrics.json`: three predictions, two fixed alphas (see `measure_each`), alpha, top-1 per class."
     weights = reported_weights(scores, alpha)
     if "fused" not in weights:
         return {**measure_each(scores, images, weights), "class_top1": class_top1(scores, images, alpha)}
@@ -119,7 +122,7 @@ def save_predictions(
     scores:Scores,
     alpha:float   # of the fused prediction
 ):
-    "Write index, label, and per prediction (visual, label, fused) the top-1 class and the probability of the label, one row an image."
+    "Write index, label, and per prediction its top-1 class and the probability of the label, one row an image."
     arrays = {"index": scores.index, "label": scores.label}
     for name, weight in reported_weights(scores, alpha).items():
         column = scores.column(weight)
@@ -179,7 +182,8 @@ class Evaluation:
 
     def _repr_html_(self)->str:
         lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in text_rows(self.metrics)]
-        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table><p>{escape(metric_note(self.metrics))}</p>"
+        rows = "".join(f"<tr>{line}</tr>" for line in lines)
+        return f"<table>{rows}</table><p>{escape(metric_note(self.metrics))}</p>"
 
 def evaluate(
     model:HeadModel,
@@ -188,7 +192,7 @@ def evaluate(
     config:Config|None=None,     # how images are read; None for files, decoded in this process
     runtime:Runtime|None=None    # None for this process alone, on the model's device
 )->Evaluation:
-    "Score a model on every image once. Raises `InputError` for alpha outside 0..1, `UnreadableImage` for such an image."
+    "Score a model on every image once. Raises `InputError` for alpha outside 0..1 and for unreadable images."
     images = data.val if isinstance(data, Data) else data
     runtime = runtime or Runtime(next(model.branch.parameters()).device)
     chosen = "is the model's own" if alpha is None else "was given"

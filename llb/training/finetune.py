@@ -29,7 +29,7 @@ from ..data.batches import ImageDataset
 from ..data.preprocessing import Preprocessing
 from ..models.backbone import Backbone
 from ..runs.config import Config, VisualConfig
-from .evaluate import report_metrics, score_batches
+from .evaluate import format_table, report_metrics, score_batches
 from .inputs import Inputs
 from .metrics import Scores
 from .parallel import compile_blocks
@@ -91,8 +91,9 @@ def visual_transform(
     "Random crop, flip, augmentation and erasing. Raises `InputError` when timm does not know the augmentation."
     p = preprocessing
     try:
-        steps = create_transform((3, *p.image_size), is_training=True, color_jitter=None, auto_augment=config.auto_augment or None,
-                                 interpolation=p.interpolation, mean=p.mean, std=p.std, re_prob=config.random_erasing, re_mode="pixel")
+        steps = create_transform((3, *p.image_size), is_training=True, color_jitter=None,
+                                 auto_augment=config.auto_augment or None, interpolation=p.interpolation,
+                                 mean=p.mean, std=p.std, re_prob=config.random_erasing, re_mode="pixel")
     except (AssertionError, ValueError, KeyError) as e:
         raise InputError(f"auto_augment is {config.auto_augment!r}, which timm does not know ({e}); "
                          "the usual one is rand-m9-mstd0.5-inc1.") from e
@@ -120,12 +121,14 @@ class VisualStep(TrainStep):
     ):
         self.model, self.runtime, self.loss = model, runtime, loss or SoftTargetCrossEntropy()
         optim, visual = config.optim, config.visual
-        optimizer = create_optimizer_v2(model.branch, optim.opt.lower(), optim.lr, optim.weight_decay, optim.momentum,
-                                        filter_bias_and_bn=not optim.decay_all, layer_decay=visual.layer_decay, fused=True)
+        optimizer = create_optimizer_v2(
+            model.branch, optim.opt.lower(), optim.lr, optim.weight_decay, optim.momentum,
+            filter_bias_and_bn=not optim.decay_all, layer_decay=visual.layer_decay, fused=True)
         Updates.__init__(self, model.branch, optimizer, config, runtime.device)
         if config.run.compile: compile_blocks(model.branch.blocks, runtime.device)
         self.branch = in_parallel(model.branch, runtime)
-        self.mixup = Mixup(visual.mixup, visual.cutmix, label_smoothing=visual.smoothing, num_classes=model.branch.num_classes)
+        self.mixup = Mixup(visual.mixup, visual.cutmix, label_smoothing=visual.smoothing,
+                           num_classes=model.branch.num_classes)
 
     def mixed(self, batch:dict, key:tuple)->tuple[Tensor, Tensor]: # images [B,3,H,W], target probabilities [B,C]
         "Images and labels, blended with each other; how depends on `key`."
@@ -179,14 +182,14 @@ class VisualTrainer(Trainer):
 
     def report(self)->dict:
         "Take the best epoch, score the validation split once, write the numbers and the backbone."
-        vit, best = self.model.branch, self.state.best
+        vit = self.model.branch
         vit.load_state_dict(self.state.best_branch)
         scores, _ = self.score("val")
         metrics = {"objective": "visual", **report_metrics(scores, self.data.val, 1.0, ""),
-                   "chosen_epoch": {**best, "by": "lowest NLL on the selection split"}}
+                   "chosen_epoch": self.state.describe_best()}
         tensors = {name: value.cpu().contiguous() for name, value in vit.state_dict().items()}
         self.writer.finish(metrics, lambda folder: save_file(tensors, folder / BACKBONE, metadata={"format": "pt"}))
-        found = metrics["visual"]
-        print_main(f"Validation top-1 {found['top1']:.1%}, NLL {found['nll']:.3f}, n = {metrics['seen']['scored']} images, each seen once. "
-                   f"Train LLB on this backbone: --backbone {self.config.model.backbone} --checkpoint {self.writer.folder / BACKBONE}")
+        print_main(format_table(metrics))
+        print_main(f"Train LLB on this backbone: --backbone {self.config.model.backbone} "
+                   f"--checkpoint {self.writer.folder / BACKBONE}")
         return metrics

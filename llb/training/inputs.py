@@ -28,14 +28,16 @@ def features_of(
     runtime:Runtime
 )->BackboneOutput: # on the runtime's device
     "The frozen half for a batch: computed from images, or taken from the token cache."
-    def move(name): return batch[name].to(runtime.device, non_blocking=True) if name in batch else None
+    def move(name):
+        return batch[name].to(runtime.device, non_blocking=True) if name in batch else None
     if "image" in batch:
         images = move("image")
         if images.dtype == torch.uint8:   # bytes are normalised on their device
             images = model.backbone.preprocessing.normalise(images)
         return model.features(images)
     backbone = model.backbone
-    return BackboneOutput(move("tokens"), backbone.grid, backbone.num_prefix, move("visual_features"), move("visual_logits"))
+    return BackboneOutput(move("tokens"), backbone.grid, backbone.num_prefix, move("visual_features"),
+                          move("visual_logits"))
 
 # %% ../../nbs/4_training/41_inputs.ipynb #15869f43
 def scoring_dataset(
@@ -45,11 +47,12 @@ def scoring_dataset(
     runtime:Runtime,
     source:ImageStore|Geometry|None=None  # where the bytes of these images are; None for their files
 )->StoredImages|TokenDataset:
-    "Images without augmentation, as cached tokens where the configuration says so; these are computed when they are missing."
+    "Images without augmentation, as cached tokens where the configuration says so; missing ones are computed."
     dataset = StoredImages(images, source or Geometry(model.backbone.preprocessing))
     if not config.cache: return dataset
     with torch.no_grad():
-        store = build_tokens(model.backbone, model.target_layer, images, runtime, workers=config.workers, dataset=dataset)
+        store = build_tokens(model.backbone, model.target_layer, images, runtime, workers=config.workers,
+                             dataset=dataset)
     return TokenDataset(store, images)
 
 def _loader(dataset, batches:TrainBatches|EvalBatches, config:DataConfig, runtime:Runtime)->DataLoader:
@@ -65,7 +68,7 @@ def scoring_loader(
     runtime:Runtime|None=None,   # None for this process alone, on the model's device
     batch_size:int|None=None     # images a batch; None for those of a micro-batch of the configuration
 )->DataLoader: # over `EvalBatches`; this process's fraction of the images, in order
-    "Batches of any images as a configuration reads them. Raises `UnreadableImage`, and `InputError` when a cache finds no room."
+    "Batches of any images as a configuration reads them. Raises `InputError` when a cache finds no room."
     config = config or Config.of(workers=0)
     runtime = runtime or Runtime(next(model.branch.parameters()).device)
     dataset = scoring_dataset(model, images, config.data, runtime)
@@ -113,9 +116,10 @@ class Inputs:
         options, seed = self.config.data, self.config.run.seed
         dataset = StoredImages(images, self.source, RandAugment(), seed)
         if not options.cache_views: return dataset
+        model, views = self.model, options.cache_views
         with torch.no_grad():
-            store = build_tokens(self.model.backbone, self.model.target_layer, images, self.runtime, workers=options.workers,
-                                 desc="train features", dataset=dataset, views=options.cache_views, seed=seed)
+            store = build_tokens(model.backbone, model.target_layer, images, self.runtime, workers=options.workers,
+                                 desc="train features", dataset=dataset, views=views, seed=seed)
         return TokenDataset(store, images)
 
     def loader(self, split:str, batches:TrainBatches|EvalBatches)->DataLoader:
@@ -123,9 +127,11 @@ class Inputs:
 
     def train_batches(self, global_batch:int)->TrainBatches: # images of one optimizer step, over all processes
         "The keys of this process's fraction of each training batch."
-        return TrainBatches(len(self.data.train), global_batch, self.config.run.seed, self.runtime.rank, self.runtime.world_size)
+        runtime = self.runtime
+        return TrainBatches(len(self.data.train), global_batch, self.config.run.seed, runtime.rank, runtime.world_size)
 
     def evaluation(self, split:str)->DataLoader:
         "A split in order, every image once over all processes."
         size = max(1, self.config.optim.batch_size // self.config.optim.micro_batches)
-        return self.loader(split, EvalBatches(len(self.datasets[split]), size, self.runtime.rank, self.runtime.world_size))
+        batches = EvalBatches(len(self.datasets[split]), size, self.runtime.rank, self.runtime.world_size)
+        return self.loader(split, batches)

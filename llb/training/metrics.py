@@ -36,7 +36,8 @@ class Scores:
     def column(self, alpha:float)->int:
         "Where an alpha stands. Raises `InputError` when it was not scored."
         found = np.flatnonzero(np.isclose(self.alphas, alpha))
-        if not len(found): raise InputError(f"alpha {alpha} was not scored; there are {', '.join(map(str, self.alphas))}.")
+        if not len(found):
+            raise InputError(f"alpha {alpha} was not scored; there are {', '.join(map(str, self.alphas))}.")
         return int(found[0])
 
 # %% ../../nbs/4_training/40_metrics.ipynb #9a90329a
@@ -48,7 +49,8 @@ def _score(
     own = p.gather(1, label[:, None])[:, 0]
     confidence, top1 = p.max(1)
     in_top5 = (p > own[:, None]).sum(1) < 5
-    return {"top1": top1, "in_top5": in_top5, "label_probability": own, "confidence": confidence, "squares": p.square().sum(1)}
+    return {"top1": top1, "in_top5": in_top5, "label_probability": own, "confidence": confidence,
+            "squares": p.square().sum(1)}
 
 def score_batch(
     visual_logits:Tensor, # [B,C]
@@ -69,7 +71,7 @@ def merge_scores(
     names = [f.name for f in fields(Scores) if f.name != "alphas"]
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     order = np.argsort(joined["index"], kind="stable")
-    assert len(np.unique(joined["index"])) == len(order), "an image was evaluated twice; its prediction would count double"
+    assert len(np.unique(joined["index"])) == len(order), "an image was evaluated twice; it would count double"
     return Scores(alphas=parts[0].alphas, **{name: values[order] for name, values in joined.items()})
 
 # %% ../../nbs/4_training/40_metrics.ipynb #d75c919c
@@ -137,7 +139,7 @@ class Usage:
         self.patch_entropy += entropy(flat).sum().cpu()
 
     def summary(self)->dict[str, float]:
-        "Entropies in nats; perplexities in objects (of the mean assignment, and of first choices); objects never chosen first."
+        "Entropies in nats; perplexities in objects, of the mean assignment and of first choices; objects never first."
         soft, hard, patch_entropy = (sum_over_ranks(x) for x in (self.soft, self.hard, self.patch_entropy))
         patches = hard.sum()
         mean, first = entropy(soft / patches), entropy(hard / patches)

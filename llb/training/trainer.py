@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ..core.console import print_main, progress
-from ..core.distributed import agree_on_stop, gather_objects, pick_device, run_on_main, Runtime, StopFlag, sum_over_ranks
+from ..core.distributed import (agree_on_stop, gather_objects, pick_device, run_on_main, Runtime, StopFlag,
+                                  sum_over_ranks)
 from ..core.errors import InputError
 from ..core.files import atomic
 from ..data.datasets import BUNDLED
@@ -51,7 +52,8 @@ def _of_model(config:ModelConfig, model:HeadModel)->ModelConfig:
     fixed = {name: model.settings[name] for name in names if name in model.settings}
     height, width = model.backbone.image_size
     if height == width: fixed["image_size"] = height
-    return _agreed(replace(config, backbone=_backbone_name(config.backbone, model.backbone.name)), fixed, "the model was built with")
+    named = replace(config, backbone=_backbone_name(config.backbone, model.backbone.name))
+    return _agreed(named, fixed, "the model was built with")
 
 def _backbone_name(given:str, name:str)->str:
     "What a backbone is called in the configuration, where that is known; else its own name."
@@ -64,7 +66,8 @@ def _of_data(config:DataConfig, data:Data)->DataConfig:
     if config.data_dir is None and root != BUNDLED.resolve() and config.dataset == "openclipart":
         return replace(config, dataset="ImageFolder", data_dir=str(root))
     if config.data_dir is not None and Path(config.data_dir).resolve() != root:
-        raise InputError(f"data_dir is {config.data_dir!r} in the configuration, but the images are in {str(root)!r}; give it once.")
+        raise InputError(f"data_dir is {config.data_dir!r} in the configuration, but the images are in {str(root)!r}; "
+                         "give it once.")
     return config
 
 # %% ../../nbs/4_training/46_trainer.ipynb #6a619968
@@ -81,11 +84,12 @@ def complete_config(
     parts = {"optim": optim, "run": run, "visual": visual}
     config = replace(config, **{owner: part for owner, part in parts.items() if part is not None})
     if (known := model.settings["num_classes"]) != len(data.classes):
-        raise InputError(f"The model has {known} classes, but the images in {data.train.root} have {len(data.classes)}.")
+        raise InputError(f"The model has {known} classes, but {data.train.root} has {len(data.classes)}.")
     config = replace(config, model=_of_model(config.model, model), data=_of_data(config.data, data))
     if config.run.name or isinstance(model, LLB) or config.visual.objective == "visual": return config
-    name = f"{config.data.dataset}-{model.backbone.name}-{type(model.branch).__name__}-seed{config.run.seed}".replace("/", "_")
-    return replace(config, run=replace(config.run, name=name))
+    head = type(model.branch).__name__
+    name = f"{config.data.dataset}-{model.backbone.name}-{head}-seed{config.run.seed}"
+    return replace(config, run=replace(config.run, name=name.replace("/", "_")))
 
 # %% ../../nbs/4_training/46_trainer.ipynb #9b389812
 SNAPSHOTS = 6  # images, spread over the split
@@ -98,7 +102,8 @@ def _keep_images(path:Path, model:HeadModel, dataset:StoredImages|TokenDataset, 
     images = dataset.images
     seen = torch.stack([model.backbone.transform()(images.open(i)) for i in chosen])
     pixels = (model.backbone.preprocessing.denormalise(seen) * 255).round().to(torch.uint8)   # [n,H,W,3]
-    _write_tensors(path, index=torch.tensor(chosen), label=torch.tensor([images.labels[i] for i in chosen]), image=pixels)
+    labels = [images.labels[i] for i in chosen]
+    _write_tensors(path, index=torch.tensor(chosen), label=torch.tensor(labels), image=pixels)
 
 def _keep_objects(path:Path, out:HeadOutput):
     "What a model makes of them."
@@ -120,7 +125,8 @@ def keep_snapshot(
     with torch.no_grad(), runtime.autocast(): out = model.branch(features_of(model, batch, runtime))
     try:
         folder.mkdir(exist_ok=True)
-        if not (folder / "images.safetensors").exists(): _keep_images(folder / "images.safetensors", model, dataset, chosen)
+        images = folder / "images.safetensors"
+        if not images.exists(): _keep_images(images, model, dataset, chosen)
         _keep_objects(folder / f"epoch-{epoch:04}.safetensors", out)
     except OSError as e:
         raise InputError(f"The snapshots cannot be written to {str(folder)!r} ({e.strerror}); make room, "
@@ -142,7 +148,7 @@ class TrainState:
         self.terms = {name: self.terms.get(name, 0) + value for name, value in terms.items()}
 
     def end_epoch(self, event:dict, branch:torch.nn.Module, chosen:dict)->bool: # whether it is the best
-        "Count an epoch. The best has the lowest NLL; of equals, the first."
+        "Count an epoch; `chosen` holds alpha and NLL. The best has the lowest NLL; of equals, the first."
         self.history.append(event)
         self.terms = {}
         better = self.best is None or chosen["nll"] < self.best["nll"]
@@ -150,6 +156,10 @@ class TrainState:
             self.best = {"step": self.step, "epoch": len(self.history), **chosen}
             self.best_branch = {name: value.detach().cpu().clone() for name, value in branch.state_dict().items()}
         return better
+
+    def describe_best(self)->dict:
+        "The best epoch and why it is, for metrics.json."
+        return {**self.best, "by": f"lowest {self.best['prediction']} NLL on the selection split"}
 
     def pack(self)->dict: # for a checkpoint; every process calls this
         "Everything, with the sums of all processes."
@@ -179,7 +189,7 @@ class _Trained:
         visual:VisualConfig|None=None,
         runtime:Runtime|None=None,           # None for one process, here
         loss:HeadLoss|None=None,             # None for the model's usual objective
-        measures:dict[str, Callable]|None=None # fn(model, scores, usage) -> a number or dict, written into each epoch's event
+        measures:dict[str, Callable]|None=None # fn(model, scores, usage) -> number or dict, for each epoch's event
     ):
         "Raises `InputError` where the configuration contradicts the model or the data."
         self.config = complete_config(config, model, data, optim, run, visual)
@@ -190,7 +200,8 @@ class _Trained:
         self.state = TrainState()
         self.global_batch = self.config.optim.batch_size * self.runtime.world_size   # images of a step
         self.saved_step = self.stopped = None   # the step of the newest checkpoint; why the run stops
-        self.writer = self.inputs = self.batches = self.train_loader = self.train_step = self.about_data = self.stop = None   # by `fit`
+        self.writer = self.train_step = self.stop = self.about_data = None   # from `fit` on
+        self.inputs = self.batches = self.train_loader = None                # likewise
         self.began = time.monotonic()
 
     @property
@@ -205,7 +216,7 @@ class _Trained:
 class _Prepared(_Trained):
     "How a run is prepared, saved and restored."
     def prepare(self):
-        "Open the run folder, compute or open caches, and go to where the run was left. Raises `InputError` as these do."
+        "Open the run folder, compute or open caches, and go to where the run was left."
         self.began = time.monotonic()
         self.writer = RunWriter(self.config.run_folder, self.config, self.runtime)
         saved = self.writer.restore()
@@ -223,9 +234,10 @@ class _Prepared(_Trained):
     def save(self):
         "Write a checkpoint of this step; every process takes part."
         about = self.about_data
-        saved = {**self.state.pack(), "branch": self.model.branch.state_dict(), "optimizer": self.train_step.optimizer.state_dict(),
-                 "global_batch": self.global_batch, "config": self.config.to_dict(), "classes": about["classes"],
-                 "images": about["train_names"], "fingerprint": about["splits"]["train"]["fingerprint"],
+        saved = {**self.state.pack(), "branch": self.model.branch.state_dict(),
+                 "optimizer": self.train_step.optimizer.state_dict(), "global_batch": self.global_batch,
+                 "config": self.config.to_dict(), "classes": about["classes"], "images": about["train_names"],
+                 "fingerprint": about["splits"]["train"]["fingerprint"],
                  "backbone": describe_backbone(self.model.backbone)}
         self.writer.save(self.state.step, saved, self.state.best and self.state.best["step"])
         self.saved_step = self.state.step
@@ -240,7 +252,7 @@ class _Prepared(_Trained):
         self.state = TrainState.unpack(saved, self.runtime)
         self.model.branch.load_state_dict(saved["branch"])
         optimizer = saved["optimizer"]
-        numbered = {int(number): values for number, values in optimizer["state"].items()}   # JSON has no whole numbers as keys
+        numbered = {int(number): values for number, values in optimizer["state"].items()}   # keys of JSON are text
         self.train_step.optimizer.load_state_dict({**optimizer, "state": numbered})
         self.saved_step = self.state.step
         print_main(f"Resuming at step {self.state.step} (epoch {self.state.step / self.batches.per_epoch:.2f}).")
@@ -257,7 +269,8 @@ class EpochTimer:
 
     def speed(self, step:int, batch_size:int)->dict[str, float]: # seconds; images a second; 0..1, waiting for data
         seconds = time.monotonic() - self.began
-        return {"seconds": seconds, "images_per_s": (step - self.first) * batch_size / seconds, "data_wait": self.waited / seconds}
+        images = (step - self.first) * batch_size
+        return {"seconds": seconds, "images_per_s": images / seconds, "data_wait": self.waited / seconds}
 
 class _Stepping(_Prepared):
     "The loop over steps."
@@ -305,7 +318,7 @@ class _Logging(_Stepping):
             self.log_eta((time.monotonic() - timer.began) / PROBE)
 
     def check_gradients(self):
-        "Wait for the device. Raises `FloatingPointError`, with the run at the last step taken, when a gradient was not finite."
+        "Wait for the device. Raises `FloatingPointError`, at the last step taken, when a gradient was not finite."
         if refused := self.train_step.refused():
             self.state.step, error = refused
             raise FloatingPointError(error)
@@ -342,7 +355,8 @@ class _Validating(_Logging):
         if usage:
             values["objects"] = usage
             self.keep_snapshot()
-        if self.measures: values["measures"] = {name: fn(self.model, scores, usage) for name, fn in self.measures.items()}
+        if self.measures:
+            values["measures"] = {name: fn(self.model, scores, usage) for name, fn in self.measures.items()}
         return values, next(name for name in _CHOOSING if name in found)
 
     def keep_snapshot(self):
@@ -385,17 +399,20 @@ class Trainer(_Validating):
         model.alpha = state.best["alpha"]
         scores, usage = self.score("val")
         metrics = {**report_metrics(scores, self.data.val, model.alpha, self.alpha_chosen()), "objects": usage,
-                   "chosen_epoch": {**state.best, "by": f"lowest {state.best['prediction']} NLL on the selection split"},
+                   "chosen_epoch": state.describe_best(),
                    "features": "bf16 cache" if self.config.data.cache else "images"}
         model.metrics = metrics
-        self.writer.finish(metrics, lambda folder: save_predictions(folder / "predictions.safetensors", scores, model.alpha),
-                           lambda folder: model.save_pretrained(folder / "model"))
+        def write(folder):
+            save_predictions(folder / "predictions.safetensors", scores, model.alpha)
+            model.save_pretrained(folder / "model")
+        self.writer.finish(metrics, write)
         print_main(format_table(metrics))
         return metrics
 
     def alpha_chosen(self)->str: # in words
         if self.config.model.alpha is not None: return "was given"
-        return f"was chosen by NLL on the selection split ({len(self.data.selection)} images cut from the training data)"
+        count = len(self.data.selection)
+        return f"was chosen by NLL on the selection split ({count} images cut from the training data)"
 
     def finish(self, reason:str, **why):
         "Save where the run stands, as far as that is possible, and write its last event."
@@ -403,10 +420,12 @@ class Trainer(_Validating):
             if reason == "failed" and (refused := self.train_step.refused()): self.state.step = refused[0]
             if self.state.step not in (0, self.saved_step): self.save()
         except InputError as e: why["unsaved"] = str(e)
-        seconds, peak = time.monotonic() - self.began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        seconds = time.monotonic() - self.began
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         self.writer.write("end", self.state.step, reason=reason, seconds=seconds, peak_memory_mb=peak, **why)
         self.writer.close()
         self.model.eval()
         if reason == "done":
-            print_main(f"It took {seconds / 60:.1f} minutes in all, and at most {peak / 1000:.1f} GB of memory in the main process.")
+            print_main(f"It took {seconds / 60:.1f} minutes in all, and at most {peak / 1000:.1f} GB of memory "
+                       "in the main process.")
         if reason == "stopped": print_main(f"Stopped after step {self.state.step} by {why['by']}; go on with --resume.")
