@@ -194,6 +194,7 @@ class RunConfig(ConfigPart):
     def check(self):
         self.require(lambda x: x is None or (Path(x).name == x and x != ".." and len(x.encode()) <= 200),
                      "it must be the name of one folder, without / or ..; --save_dir says where that is", "name")
+        self.require(lambda x: x is None or x.isprintable(), "it must have no control characters", "name", "save_dir")
         self.require(lambda x: x >= 1, "it must be at least 1", "log_every")
         self.require(lambda x: x >= 0, "it cannot be negative", "save_every")
         self.require(lambda x: x > 0, "it must be above 0", "timeout")
