@@ -242,7 +242,8 @@ def test_a_damaged_image_is_a_sentence(workers, images, tmp_path):
     store = build_images(some, SQUARE, tmp_path)
     change(store.arrays.folder / "image.bin", 0, lambda b: bytes([b[0] ^ 255]) + b[1:])
     loader = make_loader(StoredImages(some, store), EvalBatches(len(some), 4), workers)
-    with pytest.raises(InputError, match=r"^Row 0 of the image cache \(--cache_images\) in .* made anew\.$"): list(loader)
+    words = r"^Row 0 of the image cache \(--cache_images\) in .* made anew\.$"
+    with pytest.raises(InputError, match=words): list(loader)
 
 
 def test_splits_of_any_seed_share_a_cache(images):
