@@ -1,4 +1,4 @@
-"""One training step: fast paths against the plain ones they replace, what they save, and what happens to a gradient that is not finite."""
+"""One training step: fast paths against the plain ones they replace, what they save, gradients that are not finite."""
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +19,8 @@ from llb.runs.config import Config
 from llb.training.step import TrainStep
 
 HERE = Path(__file__).parent
-SMALL = dict(backbone="test_vit", random_backbone=True, image_size=32, num_layers=3, target_layer=3, batch_size=6, num_objects=16)
+SMALL = dict(backbone="test_vit", random_backbone=True, image_size=32, num_layers=3, target_layer=3, batch_size=6,
+             num_objects=16)
 
 
 def make_step(dtype=torch.float32, **options):
@@ -39,15 +40,17 @@ def after_steps(step, batch, count=2):
 
 def far(found, wanted):
     "The largest difference, relative to the largest value."
-    return max(float((f - w).detach().abs().max() / w.detach().abs().max().clamp_min(1e-12)) for f, w in zip(found, wanted))
+    def one(f, w): return float((f - w).detach().abs().max() / w.detach().abs().max().clamp_min(1e-12))
+    return max(one(f, w) for f, w in zip(found, wanted))
 
 
 # The step that is compared against is itself the same objective
 
-OUR_NAMES = {"token": "vit.cls_token", "positions": "vit.pos_embed", "patches": "vit.patch_embed.proj", "vit": "vit.blocks", "norm": "vit.norm",
-             "head": "vit.head", "visual_block": "ours.visual_block", "assign": "ours.objects.assigner", "label_token": "ours.cls_token",
-             "embeddings": "ours.objects.embedding.weight", "label_blocks": "ours.label_blocks", "label_norm": "ours.norm",
-             "label_head": "ours.classifier"}
+OUR_NAMES = {
+    "token": "vit.cls_token", "positions": "vit.pos_embed", "patches": "vit.patch_embed.proj", "vit": "vit.blocks",
+    "norm": "vit.norm", "head": "vit.head", "visual_block": "ours.visual_block", "assign": "ours.objects.assigner",
+    "embeddings": "ours.objects.embedding.weight", "label_token": "ours.cls_token", "label_norm": "ours.norm",
+    "label_blocks": "ours.label_blocks", "label_head": "ours.classifier"}
 IN_A_BLOCK = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 
 
@@ -61,13 +64,16 @@ def test_the_plain_step_of_the_benchmarks_is_ours(monkeypatch):
     monkeypatch.syspath_prepend(str(HERE.parent / "benchmarks"))
     from plain import PlainLLB
     torch.manual_seed(0)
-    ours = LLB(load_backbone("vit_tiny_patch16_224", pretrained=False, num_classes=7, image_size=32), num_objects=24, num_layers=3, target_layer=11)
+    backbone = load_backbone("vit_tiny_patch16_224", pretrained=False, num_classes=7, image_size=32)
+    ours = LLB(backbone, num_objects=24, num_layers=3)
     plain = PlainLLB(dim=192, heads=3, image=32, classes=7, objects=24, layers=3)
-    theirs = {f"vit.{k}": v for k, v in ours.backbone.vit.state_dict().items()} | {f"ours.{k}": v for k, v in ours.branch.state_dict().items()}
+    theirs = {f"vit.{k}": v for k, v in backbone.vit.state_dict().items()}
+    theirs |= {f"ours.{k}": v for k, v in ours.branch.state_dict().items()}
     plain.load_state_dict({k: theirs[our_name(k)] for k in plain.state_dict()})
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
     found, wanted = plain(images, labels), LLBLoss()(ours.train()(images), labels)
-    assert torch.allclose(found["loss"], wanted["loss"], rtol=1e-5) and torch.allclose(found["visual_logits"], ours.eval()(images).visual_logits, atol=1e-5)
+    assert torch.allclose(found["loss"], wanted["loss"], rtol=1e-5)
+    assert torch.allclose(found["visual_logits"], ours.eval()(images).visual_logits, atol=1e-5)
     found["loss"].backward()
     wanted["loss"].backward()
     gradients = {k: p.grad for k, p in plain.named_parameters() if p.requires_grad}
@@ -100,7 +106,8 @@ def test_chunks_agree_with_the_plain_path(temperature, amp, monkeypatch):
     "Values and gradients to 1e-5; with bf16 autocast to bf16's rounding, of which each path has its own."
     monkeypatch.setattr("llb.models.objects.CHUNK", 3 * 9 * 300)
     torch.manual_seed(0)
-    objects, x, probe = LatentObjects(24, 300, temperature), torch.randn(8, 9, 24, requires_grad=True), torch.randn(8, 9, 24)
+    objects = LatentObjects(24, 300, temperature)
+    x, probe = torch.randn(8, 9, 24, requires_grad=True), torch.randn(8, 9, 24)
     def run(decouple):
         with torch.autocast("cpu", torch.bfloat16, enabled=amp): z, mean, h = decouple(x)
         loss = (z.float() * probe).sum() + entropy(mean.mean(0)) + (mean ** 2).sum()
@@ -149,7 +156,9 @@ print(peak() - base)
 @pytest.mark.slow
 def test_peak_memory_with_32768_objects():
     "The assignments alone are 308 MB here; the plain path holds several of that size at once."
-    def peak(how): return float(subprocess.run([sys.executable, "-c", PEAK, how], capture_output=True, text=True, check=True).stdout)
+    def peak(how):
+        done = subprocess.run([sys.executable, "-c", PEAK, how], capture_output=True, text=True, check=True)
+        return float(done.stdout)
     plain, compact = peak("summarise"), peak("compact")
     assert plain > 2.5 * 308 and compact < 308 and compact < plain / 3, (plain, compact)
 
@@ -164,7 +173,8 @@ class Syncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [dict(), dict(micro_batches=3), dict(num_objects=5000), dict(opt="SGD", clip_grad=None), dict(amp=True)], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(micro_batches=3), dict(num_objects=5000),
+                                     dict(opt="SGD", clip_grad=None), dict(amp=True)], ids=str)
 def test_the_step_reads_no_number_back(options):
     step, batch = make_step(**options)
     with Syncs() as seen: step(batch, 0, 0.)
@@ -175,7 +185,8 @@ def test_the_step_reads_no_number_back(options):
 
 def test_the_count_of_images_stays_on_the_device():
     totals = batch_totals([torch.ones(2, 4) / 4, torch.ones(3, 4) / 4])
-    assert isinstance(totals.num_images, torch.Tensor) and totals.num_images == 5 and torch.allclose(totals.mean_assignment, torch.full((4,), .25))
+    assert isinstance(totals.num_images, torch.Tensor) and totals.num_images == 5
+    assert torch.allclose(totals.mean_assignment, torch.full((4,), .25))
 
 
 def test_after_a_gradient_that_is_not_finite_nothing_changes():
@@ -219,6 +230,7 @@ def test_a_backbone_in_bf16_keeps_its_name_and_can_be_saved(tmp_path):
     assert again.backbone.content_hash() == backbone.content_hash() and again.backbone.dtype == torch.float32
     assert far([out.label_logits, out.visual_logits.float()], [(w := again(batch)).label_logits, w.visual_logits]) < .1
     assert torch.equal(again.backbone.vit.blocks[0].mlp.fc1.weight, backbone.vit.blocks[0].mlp.fc1.weight.float())
-    save_file(again.backbone.vit.state_dict(), tmp_path / "t.safetensors")   # a backbone that a file has keeps the name of that file's weights
+    # a backbone that a file has keeps the name of that file's weights
+    save_file(again.backbone.vit.state_dict(), tmp_path / "t.safetensors")
     plain, half = (load_backbone("test_vit", tmp_path / "t.safetensors", image_size=32) for _ in range(2))
     assert half.to_bfloat16().content_hash() == plain.content_hash()

@@ -39,7 +39,8 @@ def mean_embedding(
     "The embedding of an average patch. Raises `InputError` unless there is one use for each object, and one above 0."
     E, use = _embeddings(branch), torch.as_tensor(use, dtype=torch.float64)
     if use.shape != E.shape[:1] or use.sum() <= 0:
-        raise InputError(f"use has shape {tuple(use.shape)} and sum {use.sum():g}; give one use for each of the {len(E)} objects.")
+        raise InputError(f"use has shape {tuple(use.shape)} and sum {use.sum():g}; "
+                         f"give one use for each of the {len(E)} objects.")
     return (use / use.sum()).to(E) @ E
 
 # %% ../../nbs/5_analysis/54_effects.ipynb #f21788e9
@@ -49,6 +50,7 @@ class AblatedLogits(NamedTuple):
     without: Tensor  # [B,M,C] each object ablated
     random: Tensor   # [B,M,C] as much ablated at random patches
 
+# %% ../../nbs/5_analysis/54_effects.ipynb #e6e2a983
 @torch.no_grad()
 def ablated_logits(
     branch:LabelBranch,
@@ -69,7 +71,7 @@ def ablated_logits(
             random.append(branch.label_logits(z + shuffled * (mean - z)))
     return AblatedLogits(branch.label_logits(z), torch.stack(without, 1), torch.stack(random, 1))
 
-# %% ../../nbs/5_analysis/54_effects.ipynb #d0e9cf1f
+# %% ../../nbs/5_analysis/54_effects.ipynb #26afe85e
 class AblationEffects(NamedTuple):
     "Drops of one class's logit by image and object; positive: the object speaks for the class."
     objects: Tensor  # [B,M] ids
@@ -91,7 +93,8 @@ def ablation_effects(
 )->AblationEffects:
     "The effects of objects on one class of each image."
     found = ablated_logits(branch, assignments, objects, mean, seed)
-    return AblationEffects(objects, _drop(found.whole, found.without, targets), _drop(found.whole, found.random, targets))
+    effect, random = (_drop(found.whole, logits, targets) for logits in (found.without, found.random))
+    return AblationEffects(objects, effect, random)
 
 # %% ../../nbs/5_analysis/54_effects.ipynb #e97b51a3
 def new_effects(
@@ -101,19 +104,24 @@ def new_effects(
 )->ArrayStore: # objects [n,M], predicted [n], effect and random [n,M] on the label's logit, predicted_effect [n,M]
     "The table of effects, to be filled. Raises `InputError` when the disk is too small."
     row = ("float32", (count,))
-    columns = {"objects": ("int32", (count,)), "predicted": ("int32", ()), "effect": row, "random": row, "predicted_effect": row}
+    columns = {"objects": ("int32", (count,)), "predicted": ("int32", ()),
+               "effect": row, "random": row, "predicted_effect": row}
     about = {**index.rows.about, "count": count}
     return open_store(folder, about, columns, len(index), "ablation effects")
 
+# %% ../../nbs/5_analysis/54_effects.ipynb #cc309775
 @torch.no_grad()
-def _effects_of_batch(model:LLB, batch:dict, mean:Tensor, count:int, runtime:Runtime)->dict: # of columns, see `new_effects`
+def _effects_of_batch(
+    model:LLB, batch:dict, mean:Tensor, count:int, runtime:Runtime
+)->dict: # of columns, see `new_effects`
     "Ablate the top objects of each image."
     with runtime.autocast(): out = model.branch(features_of(model, batch, runtime))
     labels, predicted = batch["label"].to(runtime.device), out.label_logits.argmax(-1)
     objects = out.assignments.mean(1).topk(count).indices
     found = ablated_logits(model.branch, out.assignments, objects, mean, seed=int(batch["index"][0]))
-    row = {"objects": objects, "predicted": predicted, "effect": _drop(found.whole, found.without, labels),
-           "random": _drop(found.whole, found.random, labels), "predicted_effect": _drop(found.whole, found.without, predicted)}
+    row = {"objects": objects, "predicted": predicted,
+           "effect": _drop(found.whole, found.without, labels), "random": _drop(found.whole, found.random, labels),
+           "predicted_effect": _drop(found.whole, found.without, predicted)}
     return {name: x.cpu().numpy() for name, x in row.items()}
 
 # %% ../../nbs/5_analysis/54_effects.ipynb #07bf7b0b
@@ -124,7 +132,8 @@ def build_effects(
     runtime:Runtime,
     count:int=8          # M, objects ablated in each image: those with the largest fraction of its assignment
 )->ArrayStore: # see `new_effects`
-    "Measure the effect of every image's top objects. Raises `InputError` for other images than those of the index, and a full disk."
+    """Measure the effect of every image's top objects.
+    Raises `InputError` for other images than those of the index, and a full disk."""
     if loader.dataset.images.files != index.images.files:
         raise InputError(f"The loader has {len(loader.dataset)} images and the index {len(index)}, or they are others; "
                          "give the images of the index, in order.")
@@ -134,9 +143,11 @@ def build_effects(
         store = new_effects(made, index, count)
         for batch in progress(loader, desc="effects"):
             store.put(batch["index"].tolist(), **_effects_of_batch(model, batch, mean, count, runtime))
-        if len(store.missing()): raise InputError("The loader did not give all images of the index; use EvalBatches on one process.")
+        if len(store.missing()):
+            raise InputError("The loader did not give all images of the index; use EvalBatches on one process.")
     return open_effects(index)
 
+# %% ../../nbs/5_analysis/54_effects.ipynb #ceb8f518
 class RunEffects(NamedTuple):
     "What a run's objects are, and what they do."
     index: ObjectIndex
@@ -179,7 +190,7 @@ def attribution(
 
 # %% ../../nbs/5_analysis/54_effects.ipynb #6d963700
 def _gone(fraction:Tensor, scores:Tensor, level:float)->Tensor: # [B,K] each, 0..1
-    "How much of each object is gone when `level` of the assignment is: the highest score first, and the last object in part."
+    "How much of each object is gone when `level` of the assignment is: the highest score first, the last in part."
     if level == 1: return torch.ones_like(fraction)
     order = scores.argsort(1, descending=True)
     sorted_fraction = fraction.gather(1, order)
@@ -187,6 +198,7 @@ def _gone(fraction:Tensor, scores:Tensor, level:float)->Tensor: # [B,K] each, 0.
     before = torch.zeros_like(fraction).scatter_(1, order, before)
     return ((level - before) / fraction.clamp_min(1e-12)).clamp(0, 1)
 
+# %% ../../nbs/5_analysis/54_effects.ipynb #638539f6
 @torch.no_grad()
 def deletion_curve(
     branch:LabelBranch,
@@ -207,6 +219,7 @@ def deletion_curve(
         curve.append(p.gather(1, targets[:, None])[:, 0])
     return torch.stack(curve, 1)
 
+# %% ../../nbs/5_analysis/54_effects.ipynb #0e248422
 def area(
     curve:Tensor # [...,S+1]
 )->Tensor: # [...], 0..1

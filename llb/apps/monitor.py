@@ -79,7 +79,8 @@ def _maps_of(seen:dict, m:int)->dict:
     "What a snapshot holds about one image."
     grid = tuple(seen["grid"].tolist())
     return {"grid": grid, "label_prediction": int(seen["label_prediction"][m]),
-            "objects": seen["objects"][m].reshape(grid), "probability": seen["probability"][m].astype(np.float32).reshape(grid)}
+            "objects": seen["objects"][m].reshape(grid),
+            "probability": seen["probability"][m].astype(np.float32).reshape(grid)}
 
 # %% ../../nbs/8_apps/84_monitor.ipynb #5c1d7e04
 def figure_of_snapshots(
@@ -101,7 +102,7 @@ def figure_of_snapshots(
                   title=f"object, fraction of the patches after epoch {list(epochs)[-1]}", **SWATCHES)
     return figure
 
-# %% ../../nbs/8_apps/84_monitor.ipynb #5c1d7e06
+# %% ../../nbs/8_apps/84_monitor.ipynb #5c1d7f02
 WAITING = ("Images come with the first epoch. Until then the run reads its images and computes tokens, "
            "which takes a while; its logs tell.")
 
@@ -115,13 +116,15 @@ def or_sentence(
         sentence = f"This cannot be shown: a file of the run is damaged ({type(e).__name__}: {e})."
     return Markup("<p>{}</p>").format(sentence)
 
+# %% ../../nbs/8_apps/84_monitor.ipynb #5c1d7e06
 def run_html(run:Run)->Markup:
     "All there is to see of a run, as HTML that needs no kernel."
     state, epochs = run.state, run.epochs()
     ended = "" if state.live else f"{state}; "   # a saved notebook must not say that something runs
     count = f"{len(epochs)} epoch" + "s" * (len(epochs) != 1)
     page = Markup("<h4>{}</h4>").format(f"{run.folder.name}: {ended}{count}")
-    if not epochs: return page + Markup("<p>{}</p>").format("It ended before its first epoch did." if ended else WAITING)
+    if not epochs:
+        return page + Markup("<p>{}</p>").format("It ended before its first epoch did." if ended else WAITING)
     def add(figure_of, text):
         return or_sentence(lambda: figure_html(figure_of(run), f"{text}, of run {run.folder.name}"))
     page += add(figure_of_training, "Curves of loss, object entropy, accuracy and learning rate by epoch")

@@ -20,6 +20,7 @@ import llb
 from ..core.errors import InputError
 from ..core.files import write_json
 from .backbone import Backbone, backbone_from_state, load_backbone
+from .weights import read_state_dict
 
 # %% ../../nbs/2_models/24_saving.ipynb #56eb7e4d
 CONFIG_FILE, WEIGHTS_FILE, BACKBONE_FILE = "config.json", "model.safetensors", "backbone.safetensors"
@@ -33,12 +34,13 @@ def _restore_backbone(named:dict, stored:Path)->Backbone:
     spec = named["spec"]
     if "num_heads" not in spec:   # `load_backbone` made it
         backbone = load_backbone(**spec)
-        if stored.exists(): backbone.vit.load_state_dict(load_file(stored))
+        if stored.exists(): backbone.vit.load_state_dict(read_state_dict(stored))
         return backbone
-    if stored.exists(): return backbone_from_state(load_file(stored), **spec)
+    if stored.exists(): return backbone_from_state(read_state_dict(stored), **spec)
     raise InputError(f"The backbone {spec['name']} exists in no file but {BACKBONE_FILE}, which is missing; pass "
                      "backbone=.")
 
+# %% ../../nbs/2_models/24_saving.ipynb #322d1df0
 def read_backbone(
     named:dict, # as `describe_backbone` gives it
     folder:Path # where a backbone was stored that cannot be found again
@@ -59,6 +61,7 @@ def part_name(
     kind = part if made_by_class else type(part)
     return f"{kind.__module__}:{kind.__qualname__}" + ("" if made_by_class else " (...)")
 
+# %% ../../nbs/2_models/24_saving.ipynb #6420514d
 def find_part(
     option:str, # as it is passed: "assigner", say
     name:str    # from `part_name`
@@ -82,6 +85,7 @@ def _quoted(metrics:dict|None)->str: # Markdown
     if seen := metrics.get("seen"): lines.append(f"\n{seen['scored']} images of the reported split, each scored once.")
     return "\n".join(lines)
 
+# %% ../../nbs/2_models/24_saving.ipynb #8611dd98
 def card_text(
     kind:str,           # "LLB"
     settings:dict,
@@ -147,12 +151,15 @@ def _read_config(folder:Path)->dict:
     except ValueError as e:
         raise InputError(f"{str(folder / CONFIG_FILE)!r} is damaged ({e}); save the model again, or take it from a "
                          "copy.") from e
+    if not isinstance(config, dict) or not {"model", "frozen"} <= config.keys():
+        raise InputError(f"{str(folder / CONFIG_FILE)!r} does not describe a model; give a folder of save_pretrained().")
     if config.get("format") != FORMAT:
         written = f"format {config.get('format', 1)} by llb {config.get('llb', '0.1')}"
         raise InputError(f"{str(folder)!r} was written in {written}; this is llb {llb.__version__}, which reads format "
                          f"{FORMAT}. Load it with that version, or train again.")
     return config
 
+# %% ../../nbs/2_models/24_saving.ipynb #9577df14
 def _fill(module:nn.Module, file:Path):
     "Load weights strictly, in their own precision. Raises `InputError` when they are damaged or of another shape."
     try:
@@ -174,7 +181,7 @@ class SavedModel(_Written):
         for kind in kinds: kinds += kind.__subclasses__()
         found = next((k for k in kinds if k.__name__ == name), None)
         if found: return found
-        raise InputError(f"The folder holds a {name}, not a {cls.__name__}; load it with {name}.from_pretrained().")
+        raise InputError(f"The folder holds a model of kind {name}, not {cls.__name__}; load it with {name}.from_pretrained().")
 
     @classmethod
     def from_pretrained(cls,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAUNCH', 'check_folder', 'prepare_folder', 'EventLog', 'tail_events', 'without_undone', 'read_events', 'environment',
-           'describe_data', 'check_resumable', 'RunWriter', 'read_object', 'RunReader']
+           'describe_data', 'check_resumable', 'RunWriter', 'read_object', 'EventReader', 'RecordReader', 'RunReader']
 
 # %% ../../nbs/3_runs/36_folder.ipynb #3deb088a
 import json, os, platform, shutil, subprocess, tempfile, threading, time
@@ -247,12 +247,27 @@ def read_object(path:Path)->dict: # {} when there is no such file
     except (OSError, ValueError) as e: raise InputError(f"{str(path)!r} is damaged ({e}).") from e
     return found
 
-class _RecordReader:
-    "Reads what a run has written down so far; again whenever it is asked, for the run may go on."
+class EventReader:
+    "Reads the events of a run folder; again whenever it is asked, for the run may go on."
     def __init__(self, folder:str|Path):
         self.folder = Path(folder).resolve()
         self._events, self._position, self._lock = [], 0, threading.Lock()
 
+    def events(self, kind:str|None=None)->list[dict]: # in order, without those a resume has undone
+        "The events of the run, or those of one kind; each call reads only what is new."
+        with self._lock:
+            new, position = tail_events(self.folder, self._position)
+            if position < self._position: self._events = []   # the run was started again
+            self._position, self._events = position, without_undone(self._events + new)
+            return [e for e in self._events if kind in (None, e["kind"])]
+
+    def epochs(self)->list[dict]: # one event an epoch that is complete
+        "What is known of each epoch: its mean loss terms, and the scores of the selection split."
+        return self.events("epoch")
+
+# %% ../../nbs/3_runs/36_folder.ipynb #1a7f0d06
+class RecordReader(EventReader):
+    "Reads what a run has written down about itself."
     @property
     def about(self)->dict:
         "config.json. Raises `InputError` when there is none or it is damaged."
@@ -276,20 +291,8 @@ class _RecordReader:
         "metrics.json. Raises `InputError` when it is damaged."
         return read_object(self.folder / "metrics.json")
 
-    def events(self, kind:str|None=None)->list[dict]: # in order, without those a resume has undone
-        "The events of the run, or those of one kind; each call reads only what is new."
-        with self._lock:
-            new, position = tail_events(self.folder, self._position)
-            if position < self._position: self._events = []   # the run was started again
-            self._position, self._events = position, without_undone(self._events + new)
-            return [e for e in self._events if kind in (None, e["kind"])]
-
-    def epochs(self)->list[dict]: # one event an epoch that is complete
-        "What is known of each epoch: its mean loss terms, and the scores of the selection split."
-        return self.events("epoch")
-
 # %% ../../nbs/3_runs/36_folder.ipynb #1a7f0c0d
-class RunReader(_RecordReader):
+class RunReader(RecordReader):
     "A run folder, to be read: its records, its model and its data, each loaded once."
     _model = _data = None
 

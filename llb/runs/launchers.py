@@ -27,7 +27,6 @@ class RunProcess:
     started: float   # seconds since 1970; with `pid` it names a process for good
     rank: int|None   # of a worker and its helpers; None for the agent, which is torchrun itself
 
-# %% ../../nbs/3_runs/37_launchers.ipynb #2a7f1c01
 def marked_processes(
     mark:str # of one start of a run
 )->list[RunProcess]: # by process id

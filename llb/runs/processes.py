@@ -91,6 +91,7 @@ def ended_by_signal(text:str)->str: # "" when torchrun reports none
     memory = ", which the system sends when memory runs out" if name == "SIGKILL" else ""
     return f"rank {rank} was ended by {name}{memory}"
 
+# %% ../../nbs/3_runs/38_processes.ipynb #3b8e1e02
 def raised_errors(launch:Path)->list[tuple[str, str]]: # message and traceback, the oldest first
     "What workers raised, by the files they left."
     found = []
