@@ -73,7 +73,7 @@ def make_step(name, device, batch=8, image=224, objects=2048, layers=6, backbone
     place, variant = pick_device(device), STEPS[name]
     images, labels = torch.randn(batch, 3, image, image, device=place), torch.arange(batch, device=place) % CLASSES
     config = Config.of(**{**MODEL, "backbone": backbone, "num_objects": objects, "num_layers": layers, "image_size": image, "batch_size": batch, **variant.get("config", {})})
-    gflops = config_cost(config, CLASSES).train
+    gflops = config_cost(config.model, CLASSES).train
     if "config" not in variant:
         from plain import PlainLLB, plain_step
         model = PlainLLB(image=image, objects=objects, layers=layers).to(place)
@@ -137,12 +137,11 @@ def make_dataset(name, folder):
     from llb.data.preprocessing import Preprocessing
     from llb.data.batches import ImageDataset; from llb.data.images import scan_folder
     from llb.data.preprocessing import Geometry; from llb.data.image_cache import StoredImages, build_images
-    from llb.core.distributed import Runtime, pick_device
     images, geometry = scan_folder(folder), Preprocessing((224, 224), (.485, .456, .406), (.229, .224, .225), "bilinear", 224 / 256)
     if name == "plain": return PlainImages(images, plain_transform())
     if name == "oracle": return ImageDataset(images, geometry.transform(train=True))
     if not name.startswith("store"): return StoredImages(images, Geometry(geometry), RandAugment())
-    store = build_images(images, geometry, Runtime(pick_device("cpu")), Path(folder).parent / "stores" / str(os.getpid()))
+    store = build_images(images, geometry, Path(folder).parent / "stores" / str(os.getpid()))
     return StoredImages(images, store, RandAugment())
 
 

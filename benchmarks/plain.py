@@ -1,8 +1,9 @@
 """One training step of LLB, written out plainly: what the fast paths of `llb` are measured against.
 
-It does what a first, straightforward program does, and what the published one is known to do: every block of the backbone and its class head run although
-only one block's output is used, every block's output is cloned and kept, the loss and its parts are read back to the host in each step, and everything is
-float32. The model is the same; tests/test_speed.py checks that its loss and gradients are those of `llb`.
+It does what a first, straightforward program does, and what the published one is known to do: every block of the
+backbone and its class head run although only one block's output is used, every block's output is cloned and kept, the
+loss and its terms are read back to the host in each step, and everything is float32. The model is the same;
+tests/test_step.py checks that its loss and gradients are those of `llb`.
 """
 import torch
 from torch import nn
@@ -27,16 +28,19 @@ class PlainBlock(nn.Module):
 
 class PlainLLB(nn.Module):
     "A frozen ViT, latent objects, label-focused blocks; `forward` returns everything that was kept."
-    def __init__(self, dim=768, heads=12, depth=12, image=224, patch=16, classes=1000, objects=2048, layers=6, target=11, temperature=.1):
+    def __init__(self, dim=768, heads=12, depth=12, image=224, patch=16, classes=1000, objects=2048, layers=6,
+                 target=11, temperature=.1):
         super().__init__()
         self.target, self.temperature = target, temperature
         self.patches = nn.Conv2d(3, dim, patch, patch)
-        self.token, self.positions = nn.Parameter(torch.zeros(1, 1, dim)), nn.Parameter(torch.randn(1, (image // patch) ** 2 + 1, dim) * .02)
+        self.token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.positions = nn.Parameter(torch.randn(1, (image // patch) ** 2 + 1, dim) * .02)
         self.vit = nn.ModuleList(PlainBlock(dim, heads) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, classes)
         for p in self.parameters(): p.requires_grad_(False)
         self.visual_block = PlainBlock(dim, heads)
-        self.assign, self.embeddings = nn.Linear(dim, objects), nn.Parameter(nn.init.xavier_normal_(torch.empty(objects, dim)))
+        self.assign = nn.Linear(dim, objects)
+        self.embeddings = nn.Parameter(nn.init.xavier_normal_(torch.empty(objects, dim)))
         self.label_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.label_blocks = nn.ModuleList(PlainBlock(dim, heads) for _ in range(layers - 1))
         self.label_norm, self.label_head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, classes)
@@ -59,11 +63,12 @@ class PlainLLB(nn.Module):
         mean = assignments.mean((0, 1))
         entropy = -(mean * mean.log()).sum()
         ce = cross_entropy(label_logits, labels)
-        return {"loss": ce - diversity_weight * entropy, "cross_entropy": ce, "entropy": entropy, "visual_logits": visual_logits, "label_logits": label_logits}
+        return {"loss": ce - diversity_weight * entropy, "cross_entropy": ce, "entropy": entropy,
+                "visual_logits": visual_logits, "label_logits": label_logits}
 
 
 def plain_step(model, optimizer, images, labels, amp=False):
-    "One optimizer step; the three numbers a progress line shows, read back at once. `amp` is the release's way: float16, no scaled loss."
+    "One optimizer step; the numbers of a progress line, read back. `amp` is the release's: float16, unscaled loss."
     with torch.autocast(images.device.type, torch.float16, enabled=amp): out = model(images, labels)
     shown = out["loss"].item(), out["cross_entropy"].item(), out["entropy"].item()
     optimizer.zero_grad()

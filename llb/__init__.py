@@ -19,6 +19,7 @@ _HOME = {
     "load_data": "data.splits",
     "load_dataset": "data.datasets",
     "Config": "runs.config",
+    "evaluate": "training.evaluate",
     "start": "runs.processes",
     "attach": "runs.processes",
     "Trainer": "training.trainer",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:   # what an editor reads; a test compares it with _HOME
     from .runs.config import Config as Config
     from .runs.processes import attach as attach
     from .runs.processes import start as start
+    from .training.evaluate import evaluate as evaluate
     from .training.trainer import Trainer as Trainer
 
 

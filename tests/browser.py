@@ -98,15 +98,16 @@ def chromium(tmp_path_factory):
 
 def start_server(folder, work, windowing):
     "JupyterLab on `work` with settings of its own in `folder`; the process and its address."
-    for name, values in {"notebook-extension/tracker": {"windowingMode": windowing}, "apputils-extension/notification": NEWS}.items():
+    settings = {"notebook-extension/tracker": {"windowingMode": windowing}, "apputils-extension/notification": NEWS}
+    for name, values in settings.items():
         path = folder / "settings/@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    folders = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "spaces", "JUPYTER_CONFIG_DIR": "config",
-               "IPYTHONDIR": "ipython", "JUPYTER_RUNTIME_DIR": "runtime"}
+    folders = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "spaces",
+               "JUPYTER_CONFIG_DIR": "config", "IPYTHONDIR": "ipython", "JUPYTER_RUNTIME_DIR": "runtime"}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
                "--IdentityProvider.token=llb", "--expose-app-in-browser", "--allow-root",
                f"--ServerApp.root_dir={work}", "--ServerApp.port_retries=0"]

@@ -2,9 +2,9 @@
 
     python memory.py FOLDER
 
-Prints a JSON object for the code as it is ("right"), and with a fault that keeps "arrays" or "tensors" of every image: for each
-size the most MB of Python objects (arrays of NumPy among them) meanwhile, and the most MB of this process that belong to no
-file, as seen from within the data set.
+Prints a JSON object for the code as it is ("right"), and with a fault that keeps "arrays" or "tensors" of every image:
+for each size the most MB of Python objects (arrays of NumPy among them) meanwhile, and the most MB of this process that
+belong to no file, as seen from within the data set.
 """
 import json
 import sys
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from llb.analysis import index as index_module
+from llb.analysis import build
 from llb.analysis.effects import build_effects
 from llb.core.distributed import Runtime
 from llb.data.batches import EvalBatches, make_loader
@@ -49,7 +49,7 @@ class RandomTokens(Dataset):
         return {"index": i, "label": self.images.labels[i], "tokens": tokens, "visual_features": tokens[0]}
 
 
-ADD = index_module.Totals.add
+ADD = build.IndexSums.add
 
 
 def keep(kind):
@@ -58,7 +58,7 @@ def keep(kind):
         found = ADD(self, label, assignments, *others)
         KEPT.append(assignments.numpy().copy() if kind == "arrays" else assignments.clone())
         return found
-    index_module.Totals.add = faulty
+    build.IndexSums.add = faulty
 
 
 def measure(model, root, images):
@@ -69,7 +69,7 @@ def measure(model, root, images):
     loader = make_loader(dataset, EvalBatches(images, 50))
     tracemalloc.start()
     with tempfile.TemporaryDirectory(dir=root) as folder:
-        index = index_module.build_index(model, loader, Path(folder) / "val", runtime, gallery=2, sample=2)
+        index = build.build_index(model, loader, Path(folder) / "val", runtime, gallery=2, sample=2)
         build_effects(model, loader, index, runtime, count=1)
     most = tracemalloc.get_traced_memory()[1] / 1e6
     tracemalloc.stop()

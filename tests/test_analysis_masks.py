@@ -1,19 +1,21 @@
-"""Agreement with masks against brute force and scikit-learn; attention, scenes and matching where notebooks are too small."""
+"""Agreement with masks against brute force and scikit-learn; attention, scenes and matching on larger cases."""
 import itertools
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import (adjusted_mutual_info_score, adjusted_rand_score, completeness_score, homogeneity_score, mutual_info_score)
+from sklearn.metrics import (adjusted_mutual_info_score, adjusted_rand_score, completeness_score, homogeneity_score,
+                             mutual_info_score)
 
 from llb.analysis.attention import attention_maps, class_attention, over_objects, rollout
+from llb.analysis.build import forward_with_tokens
 from llb.analysis.exemplars import at_quantile, Exemplars, PatchSample
-from llb.analysis.index import forward_with_tokens
 from llb.analysis.masks import (best_overlap, contingency, foreground_ari, information, mask_scores, masks_on_patches,
                                 miou_hungarian, miou_many_to_one, pnmi)
 from llb.analysis.scenes import cut_out, make_scenes
 from llb.analysis.similarity import match_table
+from llb.core.distributed import Runtime
 from llb.core.errors import InputError
 from llb.data.images import ImageList
 from llb.models.backbone import BackboneOutput
@@ -22,15 +24,19 @@ from llb.models.llb import LabelBranch
 RNG = np.random.default_rng(3)
 REGIONS = RNG.integers(-1, 4, (20, 30))
 CODES = np.where(RNG.random((20, 30)) < .6, np.maximum(REGIONS, 0), RNG.integers(0, 7, (20, 30)))
+NONE = np.zeros((2, 3), int)   # images without a foreground region
+
+
+@pytest.fixture
+def rng(): return np.random.default_rng(5)
 
 
 def test_information_is_scikit_learns():
     kept = REGIONS >= 0
     table = contingency(REGIONS, CODES)
-    shared, whole = information(table)
-    assert np.isclose(shared, mutual_info_score(REGIONS[kept], CODES[kept]))
-    assert np.isclose(shared / whole, homogeneity_score(REGIONS[kept], CODES[kept]))
-    assert np.isclose(shared / information(table.T)[1], completeness_score(REGIONS[kept], CODES[kept]))
+    assert np.isclose(information(table).shared, mutual_info_score(REGIONS[kept], CODES[kept]))
+    assert np.isclose(information(table).fraction, homogeneity_score(REGIONS[kept], CODES[kept]))
+    assert np.isclose(information(table.T).fraction, completeness_score(REGIONS[kept], CODES[kept]))
     scores = mask_scores(REGIONS, CODES, REGIONS, CODES, permutations=5)
     assert np.isclose(scores["ami"], adjusted_mutual_info_score(REGIONS[kept], CODES[kept]))
     each = [adjusted_rand_score(r[r > 0], c[r > 0]) for r, c in zip(REGIONS, CODES)]
@@ -54,57 +60,60 @@ def test_segmentation_is_that_of_loops():
     assert np.isclose(miou_many_to_one(REGIONS[:10], CODES[:10], REGIONS[10:], CODES[10:]), want)
 
 
-def test_the_null_is_flat_for_noise_and_not_fooled_by_many_codes():
-    values = [pnmi(REGIONS, RNG.integers(0, 40, REGIONS.shape), permutations=40, seed=s)["p"] for s in range(30)]
+def test_the_null_is_flat_for_noise_and_not_fooled_by_many_codes(rng):
+    values = [pnmi(REGIONS, rng.integers(0, 40, REGIONS.shape), permutations=40, seed=s).p for s in range(30)]
     assert .2 < np.mean(values) < .8 and np.mean(np.array(values) < .1) < .35
-    assert pnmi(REGIONS, CODES, 100)["p"] < .02
+    assert pnmi(REGIONS, CODES, 100).p < .02
 
 
 @pytest.mark.parametrize("size,grid", [((30, 44), (3, 4)), ((28, 28), (2, 2)), ((37, 50), (5, 7))])
-def test_patches_take_the_region_that_covers_them(size, grid):
-    mask = RNG.integers(0, 3, (1, *size))
+def test_patches_take_the_region_that_covers_them(size, grid, rng):
+    mask = rng.integers(0, 3, (1, *size))
     found = masks_on_patches(mask, grid, cover=.4)[0].reshape(grid)
     for i, j in np.ndindex(grid):
         rows = slice(i * size[0] // grid[0], -(-(i + 1) * size[0] // grid[0]))
         columns = slice(j * size[1] // grid[1], -(-(j + 1) * size[1] // grid[1]))
-        share = np.bincount(mask[0, rows, columns].ravel(), minlength=3) / mask[0, rows, columns].size
-        assert found[i, j] == (share.argmax() if share.max() >= .4 else -1)
+        fraction = np.bincount(mask[0, rows, columns].ravel(), minlength=3) / mask[0, rows, columns].size
+        assert found[i, j] == (fraction.argmax() if fraction.max() >= .4 else -1)
 
 
 @pytest.mark.parametrize("call,words", [
     (lambda: contingency([1, 2], [1]), "one of each per patch"), (lambda: contingency([-1], [0]), "left out"),
-    (lambda: pnmi(REGIONS[:1], CODES[:1]), "at least two"), (lambda: foreground_ari(np.zeros((2, 3), int), np.zeros((2, 3), int)), "two foreground"),
-    (lambda: best_overlap(np.zeros((2, 3), int), np.zeros((2, 3), int)), "foreground region"), (lambda: masks_on_patches(-np.ones((1, 4, 4)), (2, 2)), "from 0")])
+    (lambda: pnmi(REGIONS[:1], CODES[:1]), "at least two"), (lambda: foreground_ari(NONE, NONE), "two foreground"),
+    (lambda: best_overlap(NONE, NONE), "foreground region"),
+    (lambda: masks_on_patches(-np.ones((1, 4, 4)), (2, 2)), "from 0")])
 def test_bad_masks_are_named(call, words):
     with pytest.raises(InputError, match=words): call()
 
 
 def test_rollout_is_a_product_of_matrices():
     torch.manual_seed(0)
-    head = LabelBranch(dim=16, num_heads=2, num_classes=3, num_objects=5, num_layers=4)
+    branch = LabelBranch(dim=16, num_heads=2, num_classes=3, num_objects=5, num_layers=4)
     features = BackboneOutput(torch.randn(3, 4 + 6, 16), grid=(2, 3), num_prefix=4)   # registers before the patches
-    maps = attention_maps(head, features)
-    assert maps.shape == (3, 3, 2, 7, 7) and head.label_blocks[0].attn.fused_attn == LabelBranch(16, 2, 3, 5, 2).label_blocks[0].attn.fused_attn
+    maps = attention_maps(branch, features)
+    fresh = LabelBranch(16, 2, 3, 5, 2)
+    assert maps.shape == (3, 3, 2, 7, 7)
+    assert branch.label_blocks[0].attn.fused_attn == fresh.label_blocks[0].attn.fused_attn   # as it was
     for b in range(3):
         total = torch.eye(7)
         for layer in range(3): total = (maps[b, layer].mean(0) + torch.eye(7)) / 2 @ total
         assert torch.allclose(rollout(maps)[b], total[0, 1:] / total[0, 1:].sum(), atol=1e-6)
-    a = head(features).assignments
+    a = branch(features).assignments
     shared = over_objects(class_attention(maps), a)
     by_hand = maps[1, 2, 0, 0, 1:] @ a[1]
     assert torch.allclose(shared[1, 2, 0], by_hand / by_hand.sum(), atol=1e-6)
 
 
-def test_look_leaves_no_hook_after_an_error():
+def test_no_hook_stays_after_an_error():
     class Broken:
         branch = LabelBranch(dim=16, num_heads=2, num_classes=3, num_objects=5, num_layers=2)
         def features(self, images): raise RuntimeError("no")
-    from llb.core.distributed import Runtime
-    with pytest.raises(RuntimeError): forward_with_tokens(Broken(), {"image": torch.zeros(1)}, Runtime(torch.device("cpu")))
+    with pytest.raises(RuntimeError):
+        forward_with_tokens(Broken(), {"image": torch.zeros(1)}, Runtime(torch.device("cpu")))
     assert not Broken.branch.norm._forward_hooks
 
 
-def test_the_sample_is_uniform_over_places_and_images():
+def test_the_sample_is_uniform_over_patches_and_images():
     sample = PatchSample(2, 200)
     objects, confidence = np.zeros((5000, 16), int), np.linspace(0, 1, 5000)[:, None].repeat(16, 1)
     for part in np.array_split(np.arange(5000), 13): sample.add(part, objects[part], confidence[part])

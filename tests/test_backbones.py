@@ -9,21 +9,25 @@ from safetensors.torch import save_file
 
 from llb.core.errors import InputError
 from llb.models.backbone import load_backbone
-from llb.models.zoo import FOCUS_NAME
-from llb.models.zoo import METHODS
+from llb.models.zoo import FOCUS_NAME, METHODS
 
-# name, prefix tokens, patch: class token, none, registers only, both, distillation token, rotary and relative positions, CNN stem, parallel blocks
+# name, prefix tokens, patch: class token, none, registers only, both, distillation token, rotary and relative
+# positions, CNN stem, parallel blocks
 FAMILIES = [
-    ("vit_tiny_patch16_224", 1, 16), ("deit_tiny_distilled_patch16_224", 2, 16), ("deit3_small_patch16_224", 1, 16), ("flexivit_small", 1, 16),
-    ("test_vit", 1, 16), ("test_vit3", 1, 16), ("vit_small_patch14_dinov2", 1, 14), ("vit_small_patch14_reg4_dinov2", 5, 14),
-    ("vit_small_patch16_dinov3", 5, 16), ("vit_wee_patch16_reg1_gap_256", 1, 16), ("vit_little_patch16_reg4_gap_256", 4, 16),
-    ("vit_base_patch16_siglip_224", 0, 16), ("vit_base_patch32_clip_224", 1, 32), ("eva02_tiny_patch14_336", 1, 14), ("beit_base_patch16_224", 1, 16),
-    ("vit_relpos_small_patch16_224", 0, 16), ("vit_relpos_base_patch16_cls_224", 1, 16), ("vit_small_patch16_rope_mixed_224", 1, 16),
+    ("vit_tiny_patch16_224", 1, 16), ("deit_tiny_distilled_patch16_224", 2, 16), ("deit3_small_patch16_224", 1, 16),
+    ("flexivit_small", 1, 16), ("test_vit", 1, 16), ("test_vit3", 1, 16), ("vit_small_patch14_dinov2", 1, 14),
+    ("vit_small_patch14_reg4_dinov2", 5, 14), ("vit_small_patch16_dinov3", 5, 16),
+    ("vit_wee_patch16_reg1_gap_256", 1, 16), ("vit_little_patch16_reg4_gap_256", 4, 16),
+    ("vit_base_patch16_siglip_224", 0, 16), ("vit_base_patch32_clip_224", 1, 32),
+    ("eva02_tiny_patch14_336", 1, 14), ("beit_base_patch16_224", 1, 16), ("vit_relpos_small_patch16_224", 0, 16),
+    ("vit_relpos_base_patch16_cls_224", 1, 16), ("vit_small_patch16_rope_mixed_224", 1, 16),
     ("vit_pe_core_tiny_patch16_384", 1, 16), ("vit_tiny_r_s16_p8_224", 1, 32), ("vit_pwee_patch16_reg1_gap_256", 1, 16),
 ]
-LARGE = {"vit_base_patch16_siglip_224", "vit_base_patch32_clip_224", "vit_relpos_base_patch16_cls_224"}   # too slow to write to disk
-REFUSED = ["resnet50", "swin_tiny_patch4_window7_224", "mixer_s32_224", "cait_xxs24_224", "xcit_nano_12_p16_224", "convit_tiny", "volo_d1_224",
-           "crossvit_tiny_240", "tnt_s_patch16_224", "samvit_base_patch16", "hiera_tiny_224", "pit_ti_224", "naflexvit_base_patch16_gap"]
+LARGE = {"vit_base_patch16_siglip_224", "vit_base_patch32_clip_224",
+         "vit_relpos_base_patch16_cls_224"}   # slow to write to disk
+REFUSED = ["resnet50", "swin_tiny_patch4_window7_224", "mixer_s32_224", "cait_xxs24_224", "xcit_nano_12_p16_224",
+           "convit_tiny", "volo_d1_224", "crossvit_tiny_240", "tnt_s_patch16_224", "samvit_base_patch16",
+           "hiera_tiny_224", "pit_ti_224", "naflexvit_base_patch16_gap"]
 
 
 @pytest.mark.parametrize("name,prefix,patch", FAMILIES, ids=[f[0] for f in FAMILIES])
@@ -67,8 +71,10 @@ def test_refused(name):
     (dict(name="vit_bas_patch16_224"), "vit_base_patch16_224"),
     (dict(name="mae_in1k_ft_in1q/Base"), "mae_in1k_ft_in1k"),
     (dict(name="timm_augreg_in21k_ft_in1k/Huge"), "Tiny, Small, Base, Large"),
-    (dict(name="mae_in1k_ft_plc365/Base"), "llb train --objective visual --method mae_in1k_ft_in1k --vit_size Base --dataset Places365"),
-    (dict(name="swag_ig_ft_inat18/large"), "llb train --objective visual --method swag_ig_ft_in1k --vit_size Large --dataset iNat18"),
+    (dict(name="mae_in1k_ft_plc365/Base"),
+     "llb train --objective visual --method mae_in1k_ft_in1k --vit_size Base --dataset Places365"),
+    (dict(name="swag_ig_ft_inat18/large"),
+     "llb train --objective visual --method swag_ig_ft_in1k --vit_size Large --dataset iNat18"),
     (dict(name="vit_tiny_patch16_224", image_size=225), "224 x 224"),
     (dict(name="vit_tiny_patch16_224", image_size=8), "16 x 16"),
     (dict(name="vit_tiny_patch16_224", checkpoint="nowhere.pth"), "nowhere.pth"),
@@ -120,7 +126,8 @@ def test_hub_arguments(monkeypatch, capsys):
 
 # ---- the release's methods ----
 
-COUNTS = {"augreg/Tiny": 5717416, "augreg/Small": 22050664, "augreg/Base": 86567656, "augreg/Large": 304326632,   # with 1000 classes, as published
+# with 1000 classes, as published
+COUNTS = {"augreg/Tiny": 5717416, "augreg/Small": 22050664, "augreg/Base": 86567656, "augreg/Large": 304326632,
           "mae/Base": 86567656, "mae/Large": 304326632, "mae/Huge": 632045800,
           "swag/Base": 86859496, "swag/Large": 305174504, "swag/Huge": 633470440}
 
@@ -139,13 +146,15 @@ def test_methods(key):
     assert (b.vit.global_pool == "avg") == (method.family == "mae") == isinstance(b.vit.fc_norm, torch.nn.LayerNorm)
     p = b.preprocessing
     assert (p.mean, p.std, p.crop_pct, p.interpolation) == {
-        "augreg": ((.5,) * 3, (.5,) * 3, .9, "bicubic"), "mae": ((.485, .456, .406), (.229, .224, .225), .875, "bicubic"),
+        "augreg": ((.5,) * 3, (.5,) * 3, .9, "bicubic"),
+        "mae": ((.485, .456, .406), (.229, .224, .225), .875, "bicubic"),
         "swag": ((.485, .456, .406), (.229, .224, .225), 1.0, "bicubic")}[method.family]
 
 
 def test_seven_methods():
     assert {m.name for m in METHODS.values()} == {
-        "timm_augreg_in21k_ft_in1k", "mae_in1k_ft_in1k", "mae_in1k_ft_plc365", "mae_in1k_ft_inat18", "swag_ig_ft_in1k", "swag_ig_ft_plc365",
+        "timm_augreg_in21k_ft_in1k", "mae_in1k_ft_in1k", "mae_in1k_ft_plc365", "mae_in1k_ft_inat18", "swag_ig_ft_in1k",
+        "swag_ig_ft_plc365",
         "swag_ig_ft_inat18"}
     assert all((m.address is None) == (not m.name.endswith("in1k")) for m in METHODS.values())
 
@@ -155,7 +164,8 @@ def test_class_number_wins_over_the_method():
         assert load_backbone("mae_in1k_ft_plc365", pretrained=False, num_classes=12).num_classes == 12
 
 
-@pytest.mark.parametrize("name,sizes", [("vit_tiny_patch16_224", (224, 384, 512)), ("vit_huge_patch14_224", (224, 518)), (FOCUS_NAME, (224, 518))])
+@pytest.mark.parametrize("name,sizes", [("vit_tiny_patch16_224", (224, 384, 512)), ("vit_huge_patch14_224", (224, 518)),
+                                        (FOCUS_NAME, (224, 518))])
 def test_sizes(name, sizes):
     for size in sizes:
         with torch.device("meta"):

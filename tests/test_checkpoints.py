@@ -1,4 +1,4 @@
-"""Whatever happens to a checkpoint's bytes or to the disk, a wrong state is never loaded and a whole one is never lost."""
+"""Whatever happens to a checkpoint or to the disk, a wrong state is never loaded and a whole one is never lost."""
 import errno
 import os
 import pickle
@@ -10,16 +10,14 @@ import sys
 
 import pytest
 import torch
-from conftest import flags
+from faults import checkpoint_state as state
+from running import flags
 
 from llb.core.errors import InputError
 from llb.runs import checkpoints
 from llb.runs.checkpoints import load_checkpoint, load_newest, prune_checkpoints, save_checkpoint
 
 FILES = ("state.safetensors", "state.json", "manifest.json")
-
-
-def state(step): return {"step": step, "head": {"w": torch.full((50,), float(step)), "b": torch.arange(step)}, "lr": 0.1 * step, "note": [None, True]}
 
 
 def same(a, b):
@@ -38,20 +36,21 @@ def folder(tmp_path):
 
 def test_round_trip(folder):
     assert same(load_newest(folder), state(30))
-    special = {"nan": float("nan"), "inf": float("inf"), "tiny": 5e-324, "third": 1 / 3, "t": torch.tensor([float("nan"), -0.0]),
-               "bf16": torch.ones(3, dtype=torch.bfloat16), "flag": torch.tensor(True), "empty": torch.zeros(0, 4)}
+    numbers = {"nan": float("nan"), "inf": float("inf"), "tiny": 5e-324, "third": 1 / 3}
+    special = {**numbers, "t": torch.tensor([float("nan"), -0.0]), "bf16": torch.ones(3, dtype=torch.bfloat16),
+               "flag": torch.tensor(True), "empty": torch.zeros(0, 4)}
     again = load_checkpoint(save_checkpoint(folder, 40, special))
-    assert again["nan"] != again["nan"] and again["inf"] == special["inf"] and again["tiny"] == 5e-324 and again["third"] == 1 / 3
+    assert again["nan"] != again["nan"] and all(again[k] == numbers[k] for k in ("inf", "tiny", "third"))
     assert again["t"].view(torch.int32).tolist() == special["t"].view(torch.int32).tolist()
     assert all(same(again[k], special[k]) for k in ("bf16", "flag", "empty"))
 
 
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("share", [0, .3, .99])
-def test_truncated(file, share, folder, capsys):
+@pytest.mark.parametrize("fraction", [0, .3, .99])
+def test_truncated(file, fraction, folder, capsys):
     path = folder / "step-00000030" / file
     data = path.read_bytes()
-    path.write_bytes(data[:int(len(data) * share)])
+    path.write_bytes(data[:int(len(data) * fraction)])
     with pytest.raises(InputError, match="step-00000030 is damaged"): load_checkpoint(path.parent)
     assert same(load_newest(folder), state(20))
     captured = capsys.readouterr()
@@ -90,32 +89,21 @@ def test_swapped_files(folder):
     assert same(load_newest(folder), state(20))
 
 
-# A kill at every system call of a save: run in a process that dies there, then look.
+# A kill before every change of a file that a save makes: run in a process that dies there, then look.
 
 KILLED = """
-import os, signal, sys
+import os, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[4])
+from faults import at_change, checkpoint_state
 from llb.runs import checkpoints
-from test_checkpoints import state
-left = int(sys.argv[2])
-def dying(call):
-    def wrapped(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0: os.kill(os.getpid(), signal.SIGKILL)
-        return call(*args, **kwargs)
-    return wrapped
-Path.mkdir, Path.write_bytes, Path.rename, os.fsync = map(dying, (Path.mkdir, Path.write_bytes, Path.rename, os.fsync))
-import shutil
-shutil.rmtree = dying(shutil.rmtree)
-for at in range(1, 40):
+folder, step = Path(sys.argv[1]), int(sys.argv[2])
+for at in range(1, 60):
     if not (child := os.fork()):
-        left = at
-        checkpoints.save_checkpoint(sys.argv[1], int(sys.argv[3]), {**state(int(sys.argv[3])), "again": True})
+        at_change(str(folder), at)
+        checkpoints.save_checkpoint(folder, step, {**checkpoint_state(step), "again": True})
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    found = checkpoints.load_newest(sys.argv[1])
+    found = checkpoints.load_newest(folder)
     print(at, code, found["step"], found.get("again", False), flush=True)
     if code == 0: break
 """
@@ -124,25 +112,29 @@ for at in range(1, 40):
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [40, 30], ids=["new", "replacing"])
 def test_kill_during_the_write(step, folder):
-    done = subprocess.run([sys.executable, "-c", KILLED, folder, "0", str(step), os.path.dirname(__file__)], capture_output=True, text=True, timeout=60)
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", KILLED, folder, str(step)], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert len(rows) > 8 and [int(r[1]) for r in rows] == [-signal.SIGKILL] * (len(rows) - 1) + [0]
+    assert len(rows) > 4 and [int(r[1]) for r in rows] == [-signal.SIGKILL] * (len(rows) - 1) + [0]
     assert all(int(r[2]) in (30, step) for r in rows)          # never less than what there was
     assert rows[0][3] == "False" and rows[-1][3] == "True" and int(rows[-1][2]) == step
-    prune_checkpoints(folder, keep={10})
-    assert sorted(p.name for p in folder.iterdir()) == ["step-00000010", f"step-{step:08d}"]   # nothing half-written stays
+    prune_checkpoints(folder, keep={10, step})
+    left = sorted(p.name for p in folder.iterdir())
+    assert left == ["step-00000010", f"step-{step:08d}"], "nothing half-written stays"
 
 
 @pytest.fixture
 def small_disk(tmp_path):
     "A file system of 200 kB."
-    place = tmp_path / "disk"
-    place.mkdir()
-    if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", place], capture_output=True).returncode:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk]
+    if not shutil.which("mount") or subprocess.run(words, capture_output=True).returncode:
         pytest.skip("mounting a small file system is not allowed here")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    yield disk
+    subprocess.run(["umount", disk], check=True)
 
 
 def test_full_disk(small_disk):
@@ -155,11 +147,16 @@ def test_full_disk(small_disk):
     assert same(load_newest(small_disk), state(3))
 
 
+def failing(number):
+    "A stand-in that raises what a disk would."
+    def fail(*_): raise OSError(number, os.strerror(number))
+    return fail
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT], ids=errno.errorcode.get)
 def test_write_errors_simulated(number, folder, monkeypatch):
     "SIMULATED: the error is raised by a stand-in for fsync, no disk was full."
-    def fail(_): raise OSError(number, os.strerror(number))
-    monkeypatch.setattr(checkpoints.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", failing(number))
     with pytest.raises(InputError, match="cannot be written"): save_checkpoint(folder, 40, state(40))
     monkeypatch.undo()
     assert same(load_newest(folder), state(30)) and len(list(folder.iterdir())) == 3
@@ -167,12 +164,14 @@ def test_write_errors_simulated(number, folder, monkeypatch):
 
 def test_a_checkpoint_that_cannot_be_replaced_stays_simulated(folder, monkeypatch):
     "SIMULATED: the new one, written in full, cannot take the place of the old one of the same step."
-    rename = checkpoints.Path.rename
-    def fail(path, target):
-        if path.suffix == ".part": raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return rename(path, target)
-    monkeypatch.setattr(checkpoints.Path, "rename", fail)
-    with pytest.raises(InputError, match="cannot be written"): save_checkpoint(folder, 30, {**state(30), "again": True})
+    replace = os.replace
+
+    def fail(source, target):
+        if str(source).endswith(".tmp"): raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(InputError, match="cannot be written"):
+        save_checkpoint(folder, 30, {**state(30), "again": True})
     monkeypatch.undo()
     assert same(load_newest(folder), state(30)) and len(list(folder.iterdir())) == 3
 
@@ -180,7 +179,9 @@ def test_a_checkpoint_that_cannot_be_replaced_stays_simulated(folder, monkeypatc
 def test_a_disk_that_loses_bits_simulated(folder, monkeypatch):
     "SIMULATED: what is read back differs from what was written."
     write = checkpoints.Path.write_bytes
-    monkeypatch.setattr(checkpoints.Path, "write_bytes", lambda path, data: write(path, data[:-1] + bytes([data[-1] ^ 1])))
+
+    def lossy(path, data): write(path, data[:-1] + bytes([data[-1] ^ 1]))
+    monkeypatch.setattr(checkpoints.Path, "write_bytes", lossy)
     with pytest.raises(InputError, match="reads back differently"): save_checkpoint(folder, 40, state(40))
     monkeypatch.undo()
     assert same(load_newest(folder), state(30))
@@ -206,7 +207,8 @@ def test_no_code_is_run_from_a_file(write, name, tmp_path):
     from llb.models.backbone import load_backbone
     target = tmp_path / "it_ran"
     write(tmp_path / name, target)
-    with pytest.raises(InputError) as refused: load_backbone("test_vit", checkpoint=tmp_path / name, image_size=32, num_classes=3)
+    with pytest.raises(InputError) as refused:
+        load_backbone("test_vit", checkpoint=tmp_path / name, image_size=32, num_classes=3)
     assert not target.exists() and "\n" not in str(refused.value) and name in str(refused.value)
 
 
@@ -214,8 +216,9 @@ def test_no_code_is_run_from_a_file(write, name, tmp_path):
 def test_no_code_is_run_by_the_command(images, tmp_path, start):
     target = tmp_path / "it_ran"
     write_torch(tmp_path / "backbone.pth", target)
-    run = start(sys.executable, "-m", "llb.train", *flags(dataset="ImageFolder", data_dir=images, backbone="test_vit", image_size=32, save_dir=tmp_path,
-                                                        checkpoint=tmp_path / "backbone.pth")).finish()
+    words = flags(dataset="ImageFolder", data_dir=images, backbone="test_vit", image_size=32, save_dir=tmp_path,
+                  checkpoint=tmp_path / "backbone.pth")
+    run = start(sys.executable, "-m", "llb.train", *words).finish()
     assert run.code == 2 and run.err.startswith("error: ") and run.err.count("\n") == 1 and not target.exists()
 
 

@@ -1,4 +1,4 @@
-"""The bundled images keep their promises; a user's folder is read exactly or refused with a sentence."""
+"""The bundled images are what their README says; a user's folder is read exactly or refused with a sentence."""
 import csv
 import errno
 import os
@@ -27,7 +27,8 @@ CLIPART = Path(__file__).parent.parent / "data" / "openclipart"
 
 
 def counts_in_readme():
-    rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \|$", (CLIPART / "README.md").read_text(encoding="utf-8"), re.M)
+    text = (CLIPART / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.M)
     return {name: tuple(map(int, numbers)) for name, *numbers in rows}
 
 
@@ -81,16 +82,19 @@ def test_folder_with_splits(tmp_path):
     for split, n in ("train", 10), ("val", 4): make_images(tmp_path / split, n)
     data = load_data(tmp_path)
     assert len(data.train) + len(data.selection) == 30 and len(data.val) == 12
-    assert all(f.startswith("val/") for f in data.val.files) and all(f.startswith("train/") for f in data.train.files + data.selection.files)
+    assert all(f.startswith("val/") for f in data.val.files)
+    assert all(f.startswith("train/") for f in data.train.files + data.selection.files)
 
 
 def test_groups_of_a_user(tmp_path):
     make_images(tmp_path / "train", 12)
     make_images(tmp_path / "val", 2)
     files = sorted(p.relative_to(tmp_path).as_posix() for p in (tmp_path / "train").rglob("*.png"))
-    with open(tmp_path / "index.csv", "w", newline="") as f: csv.writer(f).writerows([("path", "group"), *((p, i // 4) for i, p in enumerate(files))])
+    with open(tmp_path / "index.csv", "w", newline="") as f:
+        csv.writer(f).writerows([("path", "group"), *((p, i // 4) for i, p in enumerate(files))])
     data = load_data(tmp_path, selection_fraction=.3)
-    assert not set(data.train.groups) & set(data.selection.groups) and len(data.selection) == 12   # one group of four of each class
+    assert not set(data.train.groups) & set(data.selection.groups)
+    assert len(data.selection) == 12   # one group of four of each class
 
 
 def only(tmp_path, *names, per_class=3): return make_images(tmp_path / "data", per_class, names)
@@ -119,10 +123,16 @@ def flat(tmp_path):
 
 
 @pytest.mark.parametrize("make,words", [
-    (lambda t: t / "nowhere", "no folder"), (a_file, "no folder"), (lambda t: only(t), "no folder"), (flat, "at least 2 classes"),
-    (lambda t: only(t, "circle"), "at least 2 classes"), (empty_class, "without an image: void"), (train_alone, "no val"),
-    (other_classes, "hexagon"), (lambda t: only(t, "circle", "square", per_class=1), "too few"),
-], ids=["missing", "file", "empty-missing", "flat", "one-class", "empty-class", "train-only", "other-classes", "too-few"])
+    pytest.param(lambda t: t / "nowhere", "no folder", id="missing"),
+    pytest.param(a_file, "no folder", id="file"),
+    pytest.param(lambda t: only(t), "no folder", id="empty-missing"),
+    pytest.param(flat, "at least 2 classes", id="flat"),
+    pytest.param(lambda t: only(t, "circle"), "at least 2 classes", id="one-class"),
+    pytest.param(empty_class, "without an image: void", id="empty-class"),
+    pytest.param(train_alone, "no val", id="train-only"),
+    pytest.param(other_classes, "hexagon", id="other-classes"),
+    pytest.param(lambda t: only(t, "circle", "square", per_class=1), "too few", id="too-few"),
+])
 def test_bad_folder(make, words, tmp_path):
     with pytest.raises(InputError, match=words) as refused: load_data(make(tmp_path))
     assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
@@ -134,7 +144,8 @@ def test_empty_folder(tmp_path):
 
 def test_class_count(images):
     check_labels(load_data(images).train, 3)
-    with pytest.raises(InputError, match="has 3 classes, but 4 are expected"): make_data(Config.of(dataset="ImageFolder", data_dir=str(images), num_classes=4))
+    config = Config.of(dataset="ImageFolder", data_dir=str(images), num_classes=4)
+    with pytest.raises(InputError, match="has 3 classes, but 4 are expected"): make_data(config)
 
 
 @pytest.mark.parametrize("hidden", ["", "circle", "circle/more"])
@@ -150,7 +161,8 @@ def test_a_folder_that_cannot_be_read_is_named_simulated(hidden, tmp_path, monke
         return wrapped
     monkeypatch.setattr(os, "scandir", closed(scandir))
     monkeypatch.setattr(os, "listdir", closed(listdir))
-    with pytest.raises(InputError, match=rf"The folder '{root / hidden}' cannot be read \(Permission denied\)"): scan_folder(root)
+    words = rf"The folder '{root / hidden}' cannot be read \(Permission denied\)"
+    with pytest.raises(InputError, match=words): scan_folder(root)
 
 
 @pytest.fixture
@@ -196,7 +208,8 @@ def test_what_a_check_found_is_remembered(broken, cache, monkeypatch):
     shutil.copy(broken / "circle/02.png", broken / "circle/03.png")
     assert sum(map(len, vars(make_data(config)).values())) == 58 and len(decoded) == 120
     for note in (cache / "checked").iterdir(): note.write_text('{"tor')
-    assert known_unreadable(make_data(config)) is None and len(decoded) == 180   # what is left was never checked as such
+    left = make_data(config)   # was never checked as such
+    assert known_unreadable(left) is None and len(decoded) == 180
 
 
 def test_a_cache_that_cannot_be_written(broken, tmp_path, monkeypatch, capsys):
@@ -206,10 +219,15 @@ def test_a_cache_that_cannot_be_written(broken, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--dataset", "ImageFolder"], ["--dataset", "ImageFolder", "--data_dir", "nowhere"]], ids=["broken", "no folder", "wrong folder"])
+@pytest.mark.parametrize("flags", [
+    pytest.param([], id="broken"),
+    pytest.param(["--dataset", "ImageFolder"], id="no folder"),
+    pytest.param(["--dataset", "ImageFolder", "--data_dir", "nowhere"], id="wrong folder"),
+])
 def test_check_data_command(flags, broken, tmp_path, start):
     if not flags: flags = ["--dataset", "ImageFolder", "--data_dir", broken]
-    run = start(sys.executable, "-c", "from llb.cli import main; main()", "check-data", *flags, env={"LLB_CACHE": str(tmp_path / "cache")}).finish()
+    env = {"LLB_CACHE": str(tmp_path / "cache")}
+    run = start(sys.executable, "-c", "from llb.cli import main; main()", "check-data", *flags, env=env).finish()
     if broken not in flags: assert run.code == 2 and run.err.startswith("error: ") and run.err.count("\n") == 1
     else: assert run.code == 1 and run.out.count("cannot be decoded") == 3 and run.err == "", run.err
 
@@ -220,7 +238,8 @@ def test_a_corrupt_image_is_named_in_one_sentence(workers, broken):
     with pytest.raises(UnreadableImage) as met:
         for _ in make_loader(ImageDataset(images, lambda p: torch.zeros(1)), TrainBatches(60, 4, 0), workers): pass
     text = str(met.value)
-    assert re.match(rf"{re.escape(str(broken))}/\w+/0[345]\.png cannot be decoded \(.+\.$", text) and "\n" not in text and "Traceback" not in text
+    assert re.match(rf"{re.escape(str(broken))}/\w+/0[345]\.png cannot be decoded \(.+\.$", text)
+    assert "\n" not in text and "Traceback" not in text
 
 
 @pytest.mark.parametrize("factor", [1.5, 5], ids=["beyond the limit", "far beyond"])
@@ -253,7 +272,8 @@ def test_every_kind_of_image_becomes_rgb(mode, tmp_path):
     assert image.mode == "RGB" and image.size == (30, 20)
 
 
-ODD = ["<script>alert(1)</script>".replace("/", "∕"), "a b", "déjà vu 猫", "it's \"quoted\"", "100%", "{x}", "--flag", "a;b&c"]
+ODD = ["<script>alert(1)</script>".replace("/", "∕"), "a b", "déjà vu 猫", "it's \"quoted\"", "100%", "{x}", "--flag",
+       "a;b&c"]
 
 
 def test_odd_class_and_file_names(tmp_path):
@@ -272,7 +292,8 @@ def test_odd_class_and_file_names(tmp_path):
 def test_fingerprint_sees_names_labels_and_sizes(tmp_path):
     folder = make_images(tmp_path / "a", 4)
     first = scan_folder(folder)
-    assert shutil.copytree(folder, tmp_path / "b") and scan_folder(tmp_path / "b").fingerprint() == first.fingerprint()   # not the place
+    shutil.copytree(folder, tmp_path / "b")
+    assert scan_folder(tmp_path / "b").fingerprint() == first.fingerprint()   # wherever it lies
     before, plain = first.fingerprint(), first.fingerprint(sizes=False)
     with open(folder / "circle/01.png", "ab") as f: f.write(b"x")
     assert scan_folder(folder).fingerprint() != before and scan_folder(folder).fingerprint(sizes=False) == plain

@@ -1,4 +1,4 @@
-"""The paper's data sets in the layouts they are distributed in: official order and counts, what is refused, ImageNet-ReaL."""
+"""The paper's data sets in the layouts they are distributed in: order, counts, what is refused, ImageNet-ReaL."""
 import json
 import random
 from importlib.resources import files
@@ -46,7 +46,8 @@ def imagenet(root, classes, each=4):
 @pytest.mark.parametrize("name", ["ImageNet", "imageet", "IMAGENET"])
 def test_imagenet_part(tmp_path, name):
     data = load_dataset(name, imagenet(tmp_path, SYNSETS[:5]), num_classes=5)
-    assert data.classes == tuple(SYNSETS[:5]) and all(f.split("/")[1] == SYNSETS[y] for f, y in everything(data).items())
+    assert data.classes == tuple(SYNSETS[:5])
+    assert all(f.split("/")[1] == SYNSETS[y] for f, y in everything(data).items())
     assert (len(data.train) + len(data.selection), len(data.val)) == (20, 5)
 
 
@@ -59,7 +60,8 @@ def test_imagenet_whole_count_and_official_index(tmp_path, capsys):
     (root / "train" / SYNSETS[3]).rename(root / "train" / "n99999999")
     (root / "val" / SYNSETS[3]).rename(root / "val" / "n99999999")
     with pytest.raises(InputError, match="n99999999"): load_dataset("ImageNet", root)
-    with pytest.raises(InputError, match="1000 classes, but 7"): load_dataset("ImageNet", imagenet(tmp_path / "b", SYNSETS, each=1), num_classes=7)
+    whole = imagenet(tmp_path / "b", SYNSETS, each=1)
+    with pytest.raises(InputError, match="1000 classes, but 7"): load_dataset("ImageNet", whole, num_classes=7)
 
 
 def test_numeric_folders_sort_as_numbers(tmp_path):
@@ -73,22 +75,26 @@ def test_imagenet_refuses(tmp_path):
     with pytest.raises(InputError, match="needs --data_dir"): load_dataset("ImageNet")
     with pytest.raises(InputError, match="no folder"): load_dataset("ImageNet", tmp_path / "nowhere")
     with pytest.raises(InputError, match="no folder"): load_dataset("ImageNet", root / "train")
-    flat = tree(tmp_path / "b", f"train/{SYNSETS[0]}/1.JPEG", f"train/{SYNSETS[1]}/1.JPEG", "val/ILSVRC2012_val_00000001.JPEG")
-    with pytest.raises(InputError, match="sorted into one folder a class"): load_dataset("ImageNet", flat, num_classes=2)
+    train = [f"train/{SYNSETS[i]}/1.JPEG" for i in range(2)]
+    flat = tree(tmp_path / "b", *train, "val/ILSVRC2012_val_00000001.JPEG")
+    with pytest.raises(InputError, match="sorted into one folder a class"):
+        load_dataset("ImageNet", flat, num_classes=2)
     (root / "train" / SYNSETS[7]).mkdir()
     with pytest.raises(InputError, match="hold no image"): load_dataset("ImageNet", root, num_classes=4)
 
 
 # Places365
 
-PLACES = ["desert/sand", "desert/vegetation", "desert_road", "field/cultivated", "field/wild", "field_road", "underwater/ocean_deep"]
+PLACES = ["desert/sand", "desert/vegetation", "desert_road", "field/cultivated", "field/wild", "field_road",
+          "underwater/ocean_deep"]
 
 
 @pytest.mark.parametrize("joint", "-_")
 @pytest.mark.parametrize("name", ["Places365", "plc365"])
 def test_places_folders(tmp_path, name, joint):
     folders = [p.replace("/", joint) for p in PLACES]
-    root = tree(tmp_path, *(f"{s}/{c}/{i}.jpg" for s in ("train", "val") for c in random.Random(0).sample(folders, 7) for i in range(4)))
+    folders_at_random = random.Random(0).sample(folders, 7)
+    root = tree(tmp_path, *(f"{s}/{c}/{i}.jpg" for s in ("train", "val") for c in folders_at_random for i in range(4)))
     data = load_dataset(name, root, num_classes=7)
     assert list(data.classes) == folders and all(f.split("/")[1] == folders[y] for f, y in everything(data).items())
 
@@ -118,7 +124,8 @@ def test_places_refuses(tmp_path, capsys):
     root, _ = lists(tmp_path / "a")
     with pytest.raises(InputError, match="7 classes, but 365"): load_dataset("Places365", root)
     (root / "val_256" / "Places365_val_00000003.jpg").unlink()
-    with pytest.raises(InputError, match="1 of 14 listed .*Places365_val_00000003.jpg"): load_dataset("Places365", root, num_classes=7)
+    with pytest.raises(InputError, match="1 of 14 listed .*Places365_val_00000003.jpg"):
+        load_dataset("Places365", root, num_classes=7)
     (root / "val_256").rename(root / "val_large")
     with pytest.raises(InputError, match="none of the folders val_256"): load_dataset("Places365", root, num_classes=7)
     (root / "places365_val.txt").unlink()
@@ -191,7 +198,8 @@ def test_inat_wrong_count_and_missing_files(tmp_path):
 # all
 
 def test_grey_images_come_out_in_colour(tmp_path):
-    root = tree(tmp_path, *(f"{s}/{c}/{i}.jpg" for s in ("train", "val") for c in SYNSETS[:2] for i in range(4)), mode="L")
+    paths = [f"{s}/{c}/{i}.jpg" for s in ("train", "val") for c in SYNSETS[:2] for i in range(4)]
+    root = tree(tmp_path, *paths, mode="L")
     data = load_dataset("ImageNet", root, num_classes=2)
     with Image.open(root / data.train.files[0]) as raw: assert raw.mode == "L"
     assert data.train.open(0).mode == "RGB"
@@ -211,8 +219,9 @@ def scores_of(logits, label):
     n, a = len(logits), len(ALPHAS)
     column = lambda x: np.repeat(np.asarray(x)[:, None], a, 1)
     p = logits.softmax(1)
-    return Scores(np.arange(n), label, np.array(ALPHAS), column(p.argmax(1)), column(np.zeros(n, bool)), column(p.max(1).values),
-                  column(p.max(1).values), column(p.square().sum(1)))
+    top = column(p.max(1).values)
+    return Scores(np.arange(n), label, np.array(ALPHAS), column(p.argmax(1)), column(np.zeros(n, bool)), top, top,
+                  column(p.square().sum(1)))
 
 
 def test_real_agrees_with_timm_on_all_names(tmp_path):
@@ -233,9 +242,11 @@ def test_real_agrees_with_timm_on_all_names(tmp_path):
 
 
 def test_real_is_not_reported_for_other_names(tmp_path):
-    val = load_dataset("ImageFolder", tree(tmp_path, *(f"{s}/{c}/{i}.jpg" for s in ("train", "val") for c in "ab" for i in range(4)))).val
+    paths = [f"{s}/{c}/{i}.jpg" for s in ("train", "val") for c in "ab" for i in range(4)]
+    val = load_dataset("ImageFolder", tree(tmp_path, *paths)).val
     assert real_labels(val) is None
-    assert "imagenet_real" not in report_metrics(scores_of(torch.eye(2)[list(val.labels)], np.array(val.labels)), val, .5, "given")
+    scores = scores_of(torch.eye(2)[list(val.labels)], np.array(val.labels))
+    assert "imagenet_real" not in report_metrics(scores, val, .5, "given")
 
 
 def test_real_is_reported_for_a_part(tmp_path):
@@ -246,4 +257,5 @@ def test_real_is_reported_for_a_part(tmp_path):
     numbers = [int(f[-13:-5]) - 1 for f in val.files]
     counted = [y in labels[i] for i, y in zip(numbers, val.labels) if labels[i]]
     assert metrics["imagenet_real"]["n"] == len(counted) and metrics["imagenet_real"]["fused"] == np.mean(counted)
-    assert set(metrics["imagenet_real"]) == {"visual", "label", "fused", "alpha_0.5", "alpha_0.8", "n"} and "ReaL" in format_table(metrics)
+    assert set(metrics["imagenet_real"]) == {"visual", "label", "fused", "alpha_0.5", "alpha_0.8", "n"}
+    assert "ReaL" in format_table(metrics)

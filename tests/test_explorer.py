@@ -1,211 +1,143 @@
-"""The explorer's answers without a browser: names from anyone, images that are gone, two threads, colours that everybody can tell apart."""
+"""The explorer without a browser: names from anyone, images that are gone, two threads, a click on a large index."""
 import json
-import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import ipywidgets as widgets
 import numpy as np
 import pytest
 import torch
-from conftest import peak_memory
-from matplotlib.colors import to_rgb
+from conftest import NASTY, peak_memory
 
-from llb.analysis.effects import build_effects
-from llb.analysis.index import build_index, open_index
-from llb.apps.catalog import (Catalog, cell_images, draw_class, elsewhere, find_objects, object_html, objects_of,
-                              predictions)
+from llb.analysis.catalog import Catalog, find_objects, predictions
+from llb.analysis.index import open_index
 from llb.apps.explorer import Explorer
-from llb.apps.html import Album, gallery_page
-from llb.core.distributed import Runtime
 from llb.core.errors import InputError
-from llb.data.batches import EvalBatches, make_loader, ImageDataset
 from llb.data.preprocessing import Preprocessing
-from llb.data.splits import load_data
-from llb.models.backbone import load_backbone
-from llb.models.llb import LLB
-from llb.plots.maps import GREYS, MAX_OPACITY
-from llb.plots.style import OKABE_ITO
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-CLIPART = load_data(Path(__file__).parent.parent / "data/openclipart").val
-NASTY = "<img src=x onerror=alert(1)>", "$a$ & \"b\"", "c" * 200, "d\u0000e"
-RUNTIME = Runtime(torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    backbone = load_backbone("vit_tiny_patch16_224", pretrained=False, image_size=(48, 80), num_classes=0)
-    return LLB(backbone, num_objects=12, num_layers=2, target_layer=3, num_classes=4).eval()
-
-
-@pytest.fixture(scope="module")
-def index(model, tmp_path_factory):
-    few = CLIPART.take(range(0, 600, 10))
-    few = replace(few, labels=tuple(i % 4 for i in range(len(few))), classes=NASTY)
-    loader = make_loader(ImageDataset(few, model.backbone.transform()), EvalBatches(len(few), 16))
-    made = build_index(model, loader, tmp_path_factory.mktemp("run") / "objects" / "val", RUNTIME)
-    build_effects(model, loader, made, RUNTIME, 3)
-    return made
 
 
 @pytest.fixture
-def explorer(index):
-    for path in index.rows.path.parent.parent.glob("notes-*"): path.unlink()
-    return Explorer(index)
+def explorer(nasty_index):
+    for path in nasty_index.folder.parent.glob("notes-*"): path.unlink()
+    return Explorer(nasty_index)
 
 
-def shown(explorer):
-    "All HTML that the explorer shows, and all its texts."
-    parts = explorer.image_part, explorer.object_part, explorer.list_part, explorer.class_part, explorer.branch_part, explorer.export_part
-    return "".join(w.value for p in parts for w in vars(p).values() if type(w).__name__ == "HTML") + explorer.alert.value + explorer.stand_in()
+def all_html(explorer):
+    "All HTML that the explorer shows."
+    shown = [w.value for panel in explorer.panels.values() for w in vars(panel).values() if isinstance(w, widgets.HTML)]
+    return "".join([*shown, explorer.alert.value, explorer.stand_in()])
 
 
-def test_names_from_anyone_stay_text(explorer, index, tmp_path):
+def test_names_from_anyone_stay_text(explorer, nasty_index, tmp_path):
+    panels = explorer.panels
     for name in reversed(NASTY):
-        explorer.object_part.name.value = name
-        explorer.open(int(index.patches.argmin()))
-        explorer.open(int(index.patches.argmax()))
-    explorer.branch_part.forward_with_tokens.click()
-    explorer.object_part.link.value = NASTY[0]
-    explorer.export_part.export()
+        panels["object"].name.value = name
+        explorer.open(int(nasty_index.patches.argmin()))
+        explorer.open(int(nasty_index.patches.argmax()))
+    panels["branch"].count.click()
+    panels["object"].link.value = NASTY[0]
+    panels["export"].write.click()
     page = explorer.export("gallery", "html", tmp_path).read_text()
-    for text in shown(explorer), page, gallery_page(index, range(12), {k: NASTY[0] for k in range(12)}):
+    for text in all_html(explorer), page:
         assert "<img src=x" not in text and "&lt;img src=x" in text
-    for view in "image", "object", "class", "branches": assert explorer.export(view, "svg", tmp_path).stat().st_size > 1000
+    for view in "image", "object", "class", "branches":
+        assert explorer.export(view, "svg", tmp_path).stat().st_size > 1000
 
 
-def test_the_object_under_a_click_is_the_index_s(explorer, index):
+def test_the_object_under_a_click_is_the_index_s(explorer, nasty_index):
+    picker, numbers = explorer.panels["image"].picker, explorer.panels["object"].numbers
+    assert picker.grid == [3, 5]
     for i in 0, 17, 59:
         explorer.show(i)
+        objects, p = nasty_index.map(i)
         for patch in 0, 7, 14:
-            explorer.image_part.picker.patch = patch
-            assert explorer.object == index.map(i)[0][patch] and f"object {explorer.object}" in explorer.object_part.numbers.value
-            assert f"row {patch // 5 + 1}, column {patch % 5 + 1}: p {index.map(i)[1][patch]:.2f}" in explorer.object_part.numbers.value
-    assert explorer.image_part.picker.grid == [3, 5]
+            picker.patch = patch
+            assert explorer.state.object_id == objects[patch] and f"object {objects[patch]}" in numbers.value
+            assert f"row {patch // 5 + 1}, column {patch % 5 + 1}: p {p[patch]:.2f}" in numbers.value
 
 
-def test_the_slider_gives_the_model_s_own_fusion(explorer, index):
+def test_the_slider_gives_the_model_s_own_fusion(explorer, nasty_index):
+    panel = explorer.panels["image"]
+    visual, label = (torch.tensor(nasty_index.rows[f"{n}_logits"][0]).softmax(-1) for n in ("visual", "label"))
     for alpha in 0., .3, 1.:
-        explorer.image_part.alpha.value = alpha
-        visual, label = (torch.tensor(index.rows[f"{n}_logits"][0]).softmax(-1) for n in ("visual", "label"))
+        panel.alpha.value = alpha
         p = alpha * visual + (1 - alpha) * label
         name, q = predictions(explorer.catalog, 0, alpha)["fused"][0]
-        assert name == NASTY[int(p.argmax())] and abs(q - p.max()) < 1e-5 and f"fused at alpha {alpha:.2f}" in explorer.image_part.prediction.value
-    with pytest.raises(InputError, match="0..1"): predictions(explorer.catalog, 0, 1.5)
+        assert name == NASTY[int(p.argmax())] and abs(q - p.max()) < 1e-5
+        assert f"fused at alpha {alpha:.2f}" in panel.prediction.value
+    with pytest.raises(InputError, match="0..1"): explorer.fuse(1.5)
 
 
-def test_search_filter_and_sort(explorer, index):
-    catalog = explorer.catalog
-    catalog.notes.name(3, "Wheels")
-    assert find_objects(catalog, "WHEEL").tolist() == [3] and 3 in find_objects(catalog, "3")
-    for kind, column in ("dead", "dead"), ("dense", "dense"), ("label-specific", "label_specific"):
-        assert np.array_equal(np.sort(find_objects(catalog, kind=kind)), np.flatnonzero(catalog.table[column]))
-    assert (np.diff(catalog.table["images"][find_objects(catalog, order="most images")]) <= 0).all()
-    with pytest.raises(InputError, match="must be one of"): find_objects(catalog, kind="odd")
-    explorer.list_part.text.value = "no such object"
-    assert "0 of 12 objects" in explorer.list_part.count.value and explorer.list_part.list.options == ()
+def test_search_and_filter(explorer):
+    panel = explorer.panels["list"]
+    panel.text.value, panel.kind.value = "3", "live"
+    assert [k for _, k in panel.list.options] == find_objects(explorer.catalog, "3", "live").tolist()
+    panel.text.value = "no such object"
+    assert "0 of 12 objects" in panel.count.value and panel.list.options == ()
 
 
-def test_effects_and_lifts_of_a_class_are_the_index_s(explorer, index):
-    c, catalog = 2, explorer.catalog
-    for k, value, n in objects_of(catalog, c, "effect", min_support=1):
-        mine = [(d, y) for ids, drop, y in zip(catalog.effects["objects"], catalog.effects["drop"], catalog.labels) for j, d in zip(ids, drop) if j == k and y == c]
-        assert n == len(mine) and np.isclose(value, np.mean([d for d, _ in mine]), atol=1e-5)
-    assert len(draw_class(catalog, c).axes) == 2
+def test_what_is_asked_for_in_vain_changes_nothing(explorer):
+    explorer.show(3, 2)
+    before, panels = replace(explorer.state), explorer.panels
+    for what, *args in [(explorer.show, 60), (explorer.show, 0, 15), (explorer.open, "99"), (explorer.fuse, -1),
+                        (explorer.search, "", "odd"), (explorer.choose_class, 4), (explorer.choose_cell, "nobody")]:
+        with pytest.raises(InputError): what(*args)
+    panels["object"].link.value = "99"
+    assert "There is no object 99" in explorer.alert.value and explorer.state == before
+    panels["image"].next.click()
+    assert explorer.alert.value == "" and explorer.state.image == 4
 
 
-def test_images_that_are_gone_close_nothing(index):
-    lost = Explorer(Catalog(replace(index, images=replace(index.images, root=Path("/nowhere")))))
+def test_images_that_are_gone_close_nothing(nasty_index):
+    gone = replace(nasty_index, images=replace(nasty_index.images, root=Path("/nowhere")))
+    lost = Explorer(Catalog(gone))
     lost.show(5, 3)
-    assert lost.alert.value == "" and lost.object_part.sheet.sheet.startswith(b"\xff\xd8") and lost.stand_in()
+    assert lost.alert.value == "" and lost.panels["object"].gallery.image.startswith(b"\xff\xd8") and lost.stand_in()
 
 
-def test_an_album_forgets(index):
-    album = Album(index, keep=5)
-    for i in range(20): album[i]
-    album.load(range(20, 40))
-    assert np.array_equal(album[3], (index.image(3) * 255).round().astype(np.uint8)) and len(album._seen) <= 5
-
-
-def test_two_threads_leave_one_state(explorer, index):
+def test_two_threads_leave_one_state(explorer, nasty_index):
     def walk(seed):
-        for i in np.random.default_rng(seed).integers(0, len(index), 12): explorer.act(explorer.show, int(i), 4)
+        for i in np.random.default_rng(seed).integers(0, len(nasty_index), 12): explorer.ask("show", int(i), 4)
     threads = [threading.Thread(target=walk, args=(s,)) for s in range(3)]
     for t in threads: t.start()
     for t in threads: t.join()
-    i, picker = explorer.i, explorer.image_part.picker
-    assert picker.number == i == explorer.image_part.number.value and picker.objects == index.map(i)[0].tolist()
-    assert explorer.object == picker.chosen == index.map(i)[0][4] and f"Image {i}, row 1" in explorer.object_part.numbers.value
+    i, panel = explorer.state.image, explorer.panels["image"]
+    objects = nasty_index.map(i)[0].tolist()
+    assert panel.picker.number == i == panel.number.value and panel.picker.objects == objects
+    assert explorer.state.object_id == panel.picker.chosen == objects[4]
+    assert f"Image {i}, row 1" in explorer.panels["object"].numbers.value
 
 
-def test_the_same_object_elsewhere_is_elsewhere(index):
-    catalog = Catalog(index)
-    for k in range(12):
-        for i in 3, 8:
-            rows = {place: elsewhere(catalog, k, i, place, 4) for place in ("same class", "other classes", "anywhere")}
-            assert all(i not in e.image for e in rows.values())
-            assert (catalog.labels[rows["same class"].image] == catalog.labels[i]).all() and (catalog.labels[rows["other classes"].image] != catalog.labels[i]).all()
-            for e in rows.values(): assert all(index.map(int(n))[0][int(p)] == k for n, p in zip(e.image, e.patch))
-    assert sum(len(cell_images(catalog, "neither", 7, page)) for page in range(20)) == len(catalog.cells()["neither"])
-    assert "Dead" in object_html(catalog, int(np.argmin(index.patches)), 0, None) or index.patches.min() > 0
-
-
-def test_what_cannot_be_explored_is_named(model, tmp_path):
-    with pytest.raises(InputError, match="give them too"): Explorer(model)
+def test_what_cannot_be_explored_is_named(small_llb, tmp_path):
+    with pytest.raises(InputError, match="give them too"): Explorer(small_llb)
     with pytest.raises(InputError, match="no trained model"): Explorer(tmp_path)
     with pytest.raises(InputError, match="no object index"): open_index(tmp_path)
 
 
-DEUTERANOPIA = np.array([[.367322, .860646, -.227968], [.280085, .672501, .047413], [-.011820, .042940, .968881]])   # Machado, Oliveira and Fernandes, 2009
-
-
-def lab_colours(rgb):
-    "CIELAB of linear RGB in 0..1."
-    xyz = np.clip(rgb, 0, 1) @ np.array([[.4124, .3576, .1805], [.2126, .7152, .0722], [.0193, .1192, .9505]]).T / np.array([.9505, 1, 1.089])
-    f = np.where(xyz > .008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
-
-
-@pytest.mark.parametrize("eye", [np.eye(3), DEUTERANOPIA], ids=["common", "deuteranopia"])
-def test_the_eight_colours_of_objects_can_be_told_apart(eye):
-    shown = np.array([[MAX_OPACITY * v + (1 - MAX_OPACITY) * .95 for v in to_rgb(c)] for c in OKABE_ITO])   # certain, over a pale image
-    linear = np.where(shown <= .04045, shown / 12.92, ((shown + .055) / 1.055) ** 2.4) @ eye.T
-    distance = np.linalg.norm((lab := lab_colours(linear))[:, None] - lab, axis=-1)[np.triu_indices(8, 1)]
-    assert distance.min() > 10, distance.min()   # 2.3 can just be noticed
-    grey = np.ptp([to_rgb(c) for c in GREYS], axis=1)
-    assert grey.max() < .01
-
-
-@pytest.fixture(scope="module")
-def big(tmp_path_factory):
-    from explorer import synthetic_index
-    return synthetic_index(tmp_path_factory.mktemp("big") / "index")
-
-
 @pytest.mark.slow
-def test_a_click_takes_less_than_200_ms_of_work(big):
-    "50,000 images, K = 2,048, 1,000 classes; processor time, for others share the machine."
-    made, rng = Explorer(big), np.random.default_rng(0)
+def test_a_click_takes_less_than_200_ms_of_work(big_index):
+    "50,000 images, K = 2,048, 1,000 classes; processor time, for others use the machine, too."
+    explorer, rng = Explorer(big_index), np.random.default_rng(0)
     work = []
-    for i in rng.integers(0, len(big), 8):
-        made.show(int(i))
+    for i in rng.integers(0, len(big_index), 8):
+        explorer.show(int(i))
         for patch in rng.permutation(196)[:5]:
             began = time.process_time()
-            made.image_part.picker.patch = int(patch)
+            explorer.panels["image"].picker.patch = int(patch)
             work.append(time.process_time() - began)
     print(f"median {1e3 * np.median(work):.0f} ms, slowest {1e3 * max(work):.0f} ms of {len(work)} clicks")
     assert np.median(work) < .2
 
 
 @pytest.mark.slow
-def test_a_catalog_of_50_000_images_is_small(big):
-    most, _ = peak_memory(lambda: Catalog(open_index(big.rows.path.parent)))
+def test_a_catalog_of_50_000_images_is_small(big_index):
+    most, _ = peak_memory(lambda: Catalog(open_index(big_index.folder)))
     assert most < 500, most   # MB: tables of K x K and C x K, not of images; the two tables of logits alone have 400
 
 
-def test_the_preprocessing_of_an_index_survives_json(index):
-    again = Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(json.dumps(index.info["preprocessing"])).items()})
-    assert again.image_size == (48, 80) and index.image(0).shape == (48, 80, 3)
+def test_the_preprocessing_of_an_index_survives_json(nasty_index):
+    stored = json.loads(json.dumps(nasty_index.info["preprocessing"]))
+    again = Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    assert again.image_size == (48, 80) and nasty_index.image(0).shape == (48, 80, 3)

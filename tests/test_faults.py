@@ -1,6 +1,7 @@
-"""The long campaign (`make test-long`): runs that are interrupted again and again, in random ways at random moments, and must end as if nothing had been.
+"""The long campaign (`make test-long`): runs interrupted in random ways end as if nothing had been.
 
-Each case is drawn from its number, so a failure can be repeated: `pytest -m long -k "case[17]"`. LLB_FAULTS says how many cases there are.
+Each case is drawn from its number, so a failure can be repeated: `pytest -m long -k "case[17]"`. LLB_FAULTS says how
+many cases there are.
 """
 import json
 import os
@@ -11,17 +12,17 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from pathlib import Path
 
+import psutil
 import pytest
-from conftest import OPTIONS, TINY, flags, results
+from running import check_stop_at_random, flags, options_of, OPTIONS, results, STEPS, TINY
 
 from llb.runs.folder import read_events, tail_events
 
 pytestmark = pytest.mark.long
 CASES = int(os.environ.get("LLB_FAULTS", 40))
-STEPS = 21
-FAULTS = ("kill -9 of one process", "kill -9 of all", "kill -9 of all, newest checkpoint damaged", "SIGTERM", "SIGINT", "stop file", "disk full")
+FAULTS = ("kill -9 of one process", "kill -9 of all", "kill -9 of all, newest checkpoint damaged", "SIGTERM", "SIGINT",
+          "stop file", "disk full")
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +32,20 @@ def table():
     yield rows
     print(f"\n{'what was done':<44}{'times':>6}{'while running':>15}{'resumed':>9}{'steps done twice':>18}")
     for name, row in rows.items():
-        print(f"{name:<44}{row['times']:>6}{row['running']:>15}{row['resumed']:>9}{row['repeated'] / max(row['running'], 1):>18.1f}")
-    print("Steps done twice: per interruption, those since the last checkpoint, which is written after each epoch of 7 steps.")
+        twice = row["repeated"] / max(row["running"], 1)
+        print(f"{name:<44}{row['times']:>6}{row['running']:>15}{row['resumed']:>9}{twice:>18.1f}")
+    print("Steps done twice: per interruption, those since the last checkpoint, written after each epoch of 7 steps.")
 
 
 @pytest.fixture
 def disk(tmp_path):
     "A file system of 30 MB, or just a folder where mounting is not allowed."
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = shutil.which("mount") and not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", place], capture_output=True).returncode
-    yield place if mounted else tmp_path
-    if mounted: subprocess.run(["umount", "--lazy", place], check=True)
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", folder]
+    mounted = shutil.which("mount") and not subprocess.run(words, capture_output=True).returncode
+    yield folder if mounted else tmp_path
+    if mounted: subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def steps_reported(folder):
@@ -55,9 +58,9 @@ def steps_reported(folder):
 def family(ranks):
     "The processes of a forked run: each rank has a session of its own, with its loader workers in it."
     leaders, found = {p.pid for p in ranks}, []
-    for entry in Path("/proc").iterdir():
+    for pid in psutil.pids():
         try:
-            if entry.name.isdigit() and os.getsid(int(entry.name)) in leaders: found.append(int(entry.name))
+            if os.getsid(pid) in leaders: found.append(pid)
         except ProcessLookupError: pass
     return found
 
@@ -69,7 +72,10 @@ def send(pids, number):
 
 
 def damage(folder, rng):
-    "Flip a bit or cut off the end, in a random file of the newest checkpoint; not of the only one, without which a run rightly refuses to go on."
+    """Flip a bit or cut off the end, in a random file of the newest checkpoint.
+
+    Not of the only one, without which a run rightly refuses to go on.
+    """
     newest = sorted((folder / "checkpoints").glob("step-????????"))[1:][-1:]
     for path in [rng.choice(sorted(n.iterdir())) for n in newest]:
         data = bytearray(path.read_bytes())
@@ -87,7 +93,8 @@ def fill(disk):
 
 def strike(fault, run, folder, disk, rng):
     "Do it."
-    if fault == "stop file": (folder / "stop").touch() if folder.is_dir() else None
+    if fault == "stop file" and folder.is_dir(): (folder / "stop").touch()
+    elif fault == "stop file": return
     elif fault == "disk full": fill(disk)
     elif fault == "kill -9 of one process": send([rng.choice(family(run.ranks) or [2**22 + 1])], signal.SIGKILL)
     elif fault.startswith("kill -9 of all"): send(family(run.ranks), signal.SIGKILL)
@@ -107,7 +114,8 @@ def wait_for_moment(run, folder, before, rng):
 def life(forked, processes, folder, **options):
     "Start the run, or go on with it."
     begun = (folder / "events.jsonl").exists()
-    return forked(processes, save_dir=folder.parent, resume=begun, overwrite=not begun, timeout=10, **OPTIONS | {"batch_size": 6 // processes}, **options)
+    options = {**OPTIONS, "batch_size": 6 // processes, "timeout": 10, **options}
+    return forked(processes, save_dir=folder.parent, resume=begun, overwrite=not begun, **options)
 
 
 def undone(folder, position):
@@ -130,7 +138,7 @@ def test_case(number, images, disk, forked, wanted, table):
         strike(fault, run, folder, disk, rng)
         run.finish(40)
         wait_until_gone(run)
-        settle(open_faults, undone(folder, position), table)
+        count_repeated(open_faults, undone(folder, position), table)
         open_faults.append((fault, max(steps_reported(folder)[before:], default=0)))
         table[fault].update(times=1, running=running)
         if fault.endswith("damaged"): damage(folder, rng)
@@ -138,13 +146,14 @@ def test_case(number, images, disk, forked, wanted, table):
     position = tail_events(folder)[1]
     last = life(forked, processes, folder, **options)
     assert last.finish(60) == [0] * processes, last.text
-    settle(open_faults, undone(folder, position), table)
+    count_repeated(open_faults, undone(folder, position), table)
     assert results(folder) == wanted[processes]
     events = read_events(folder)
-    assert [e["step"] for e in events if e["kind"] == "step"] == list(range(1, STEPS + 1)) and events[-1]["reason"] == "done"
+    assert [e["step"] for e in events if e["kind"] == "step"] == list(range(1, STEPS + 1))
+    assert events[-1]["reason"] == "done"
 
 
-def settle(open_faults, began, table):
+def count_repeated(open_faults, began, table):
     "Count the steps that a life does again, for what had been done to the lives before."
     if began is None: return
     for fault, step in open_faults: table[fault].update(resumed=1, repeated=max(0, step - began))
@@ -162,11 +171,13 @@ def wait_until_gone(run):
 def test_torchrun_goes_on_by_itself(number, images, tmp_path, start, wanted, table):
     "Random processes of a run are killed again and again; `torchrun --max-restarts` starts them anew."
     rng, folder = random.Random(f"torchrun {number}"), tmp_path / "run"
-    options = {**TINY, **OPTIONS, "batch_size": 3, "workers": rng.choice([0, 1]), "data_dir": images, "save_dir": tmp_path}
-    run = start(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=5", "-m", "llb.train", *flags(**options))
+    options = {**TINY, **options_of(images, tmp_path, 2, workers=rng.choice([0, 1]))}
+    words = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=5", "-m", "llb.train"
+    run = start(sys.executable, *words, *flags(**options))
     for _ in range(rng.randint(1, 3)):
         wanted_steps, until = len(steps_reported(folder)) + rng.randrange(1, 12), time.monotonic() + 40
-        while len(steps_reported(folder)) < wanted_steps and run.process.poll() is None and time.monotonic() < until: time.sleep(.005)
+        while len(steps_reported(folder)) < wanted_steps and time.monotonic() < until and run.process.poll() is None:
+            time.sleep(.005)
         victims = [pid for pid in run.alive() if pid != run.process.pid]
         if run.process.poll() is None and victims:
             send([rng.choice(victims)], signal.SIGKILL)
@@ -174,3 +185,8 @@ def test_torchrun_goes_on_by_itself(number, images, tmp_path, start, wanted, tab
     assert run.finish(120).code == 0, run.err
     run.wait_until_gone()
     assert results(folder) == wanted[2]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_stop_at_random_moments(seed, images, tmp_path, forked, wanted):
+    check_stop_at_random(1000 + seed, images, tmp_path, forked, wanted)

@@ -1,6 +1,5 @@
-"""`--objective visual`: a backbone fine-tuned by one and by two processes, stopped and resumed, and LLB trained on the file it writes."""
+"""`--objective visual`: a backbone fine-tuned, stopped and resumed, and LLB trained on the file it writes."""
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,18 +21,22 @@ def test_a_backbone_is_fine_tuned_and_llb_trained_on_it(forked, images, tmp_path
     run = forked(processes, **VISUAL, data_dir=images, save_dir=tmp_path / "v")
     assert set(run.finish()) == {0}, run.text
     folder = tmp_path / "v" / "run"
-    assert {p.name for p in folder.iterdir()} == {"config.json", "events.jsonl", "metrics.json", "checkpoints", "backbone.safetensors"}
+    left = {p.name for p in folder.iterdir()}
+    assert left == {"config.json", "events.jsonl", "metrics.json", "checkpoints", "backbone.safetensors"}
     metrics, about = (json.loads((folder / name).read_text()) for name in ("metrics.json", "config.json"))
     assert metrics["objective"] == "visual" and metrics["seen"]["unique"] == metrics["seen"]["images"] == 12
-    assert about["processes"] == processes and about["backbone"]["source"] == "random" and about["config"]["layer_decay"] == .75
+    assert about["processes"] == processes and about["backbone"]["source"] == "random"
+    assert about["config"]["layer_decay"] == .75
     epochs = read_events(folder, "epoch")
     assert len(epochs) == 2 and set(epochs[0]["terms"]) == {"loss"} and read_events(folder)[-1]["reason"] == "done"
     backbone = load_backbone("test_vit.r160_in1k", checkpoint=backbone_of(tmp_path / "v"), num_classes=3)
     assert backbone.num_classes == 3 and backbone.image_size == (32, 32)
     started = load_backbone("test_vit.r160_in1k", pretrained=False, image_size=32).vit.state_dict()
-    assert all(torch.isfinite(v).all() for v in backbone.vit.state_dict().values()) and set(started) == set(backbone.vit.state_dict())
+    state = backbone.vit.state_dict()
+    assert all(torch.isfinite(v).all() for v in state.values()) and set(started) == set(state)
 
-    llb = forked(1, data_dir=images, save_dir=tmp_path / "l", random_backbone=False, encoder_weight=backbone_of(tmp_path / "v"), epochs=1)
+    llb = forked(1, data_dir=images, save_dir=tmp_path / "l", random_backbone=False, epochs=1,
+                 encoder_weight=backbone_of(tmp_path / "v"))
     assert llb.finish() == [0], llb.text
     model = LLB.from_pretrained(tmp_path / "l" / "run" / "model")
     assert model.backbone.content_hash() == backbone.content_hash() and model.branch.visual_head is None
@@ -53,11 +56,3 @@ def test_a_run_that_is_stopped_and_resumed_writes_the_same_backbone(forked, imag
     assert "Resuming at step" in run.text
     whole, part = (load_file(backbone_of(tmp_path / name)) for name in ("whole", "part"))
     assert all(torch.equal(whole[k], part[k]) for k in whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("flag", ["cache", "eval"])
-def test_flags_that_need_a_frozen_backbone_are_refused(forked, images, tmp_path, flag):
-    run = forked(1, **VISUAL, data_dir=images, save_dir=tmp_path, **{flag: True})
-    assert run.finish() == [2] and f"--{flag} does not go with --objective visual" in run.text
-    assert not Path(tmp_path, "run").exists()

@@ -1,28 +1,25 @@
-"""Two machines, played by two torchrun agents that meet at a c10d rendezvous on loopback; one of them dies and comes back."""
+"""Two machines, played by two torchrun agents with a c10d rendezvous on loopback; one dies and comes back."""
 import json
 import os
 import signal
 import socket
 import sys
-from pathlib import Path
 
+import psutil
 import pytest
-from conftest import OPTIONS, TINY, flags, results, wait_for_step
+from running import flags, OPTIONS, results, TINY, wait_for_step
+
+from llb.runs.folder import read_events
 
 pytestmark = pytest.mark.slow
-PROGRAM = "import sys\nfrom llb import train\nfrom test_many_machines import die_once\ndie_once()\ntrain.main(sys.argv[1:])\n"
-
-
-def die_once():
-    "In the training process: on the machine that is to die, agent and process go at once, in step 9."
-    if "LLB_TEST_DIES" not in os.environ: return
-    from llb.training.step import TrainStep
-    call = TrainStep.__call__
-    def step(self, batch, n, epoch):
-        if n == 9:
-            for pid in os.getppid(), os.getpid(): os.kill(pid, signal.SIGKILL)
-        return call(self, batch, n, epoch)
-    TrainStep.__call__ = step
+PROGRAM = """
+import sys
+from llb import train
+from faults import die_once
+die_once()
+train.main(sys.argv[1:])
+"""
+RENDEZVOUS = "join_timeout=60,keep_alive_interval=1,keep_alive_max_attempt=2"
 
 
 @pytest.fixture
@@ -32,12 +29,14 @@ def machines(images, tmp_path, start):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
+
     def make(number, env=(), **options):
         words = flags(**{**TINY, **OPTIONS, "batch_size": 3, "data_dir": images, "save_dir": tmp_path, **options})
-        return start(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv_backend=c10d",
-                     "--rdzv_id=job", f"--rdzv_endpoint=127.0.0.1:{port}", f"--rdzv_conf=is_host={int(number == 0)},join_timeout=60,"
-                     "keep_alive_interval=1,keep_alive_max_attempt=2", tmp_path / "program.py", *words,
-                     env={"PYTHONPATH": os.path.dirname(__file__), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **dict(env)})
+        path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+        return start(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+                     "--max-restarts=3", "--rdzv_backend=c10d", "--rdzv_id=job", f"--rdzv_endpoint=127.0.0.1:{port}",
+                     f"--rdzv_conf=is_host={int(number == 0)},{RENDEZVOUS}", tmp_path / "program.py", *words,
+                     env={"PYTHONPATH": path, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **dict(env)})
     return make
 
 
@@ -67,9 +66,10 @@ def test_a_machine_dies_and_comes_back(machines, tmp_path, wanted):
 def test_stopping_one_machine_stops_both(machines, tmp_path):
     agents = [machines(0, epochs=400), machines(1, epochs=400)]
     wait_for_step(tmp_path / "run", 8, agents[0])
-    children = Path(f"/proc/{agents[1].process.pid}/task/{agents[1].process.pid}/children").read_text().split()
-    os.kill(int(children[0]), signal.SIGTERM)   # as SLURM does with --signal: to the processes, not to the agent
+    (child,) = psutil.Process(agents[1].process.pid).children()
+    child.terminate()   # as SLURM does with --signal: to the processes, not to the agent
     for agent in agents: assert agent.finish(60).code == 0, agent.err
-    end = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()][-1]
-    assert end["kind"] == "end" and end["reason"] == "stopped" and (tmp_path / f"run/checkpoints/step-{end['step']:08d}").is_dir()
+    end = read_events(tmp_path / "run")[-1]
+    assert (end["kind"], end["reason"], end["by"]) == ("end", "stopped", "SIGTERM")
+    assert (tmp_path / f"run/checkpoints/step-{end['step']:08d}").is_dir()
     for agent in agents: agent.wait_until_gone()

@@ -1,4 +1,4 @@
-"""Whole models of other makers against our translation of their files, and position embeddings against independent arithmetic."""
+"""Whole models of other makers against our translation of their files, positions against independent arithmetic."""
 import argparse
 import math
 
@@ -21,8 +21,11 @@ NAME, SIZE, DIM, HEADS, DEPTH, CLASSES = "vit_tiny_patch16_224", 48, 192, 3, 12,
 def randomised(state):
     """Every tensor random and non-zero, scaled so that scores stay of order one."""
     g = torch.Generator().manual_seed(1)
-    return {k: torch.randn(v.shape, generator=g) * (.1 if v.ndim == 1 else .02) + (1. if v.ndim == 1 and "weight" in k else 0.)
-            for k, v in state.items()}
+    def draw(name, shape):
+        values = torch.randn(shape, generator=g)
+        if len(shape) > 1: return values * .02
+        return values * .1 + (1. if "weight" in name else 0.)
+    return {name: draw(name, value.shape) for name, value in state.items()}
 
 
 def torchvision_vit():
@@ -78,13 +81,15 @@ def test_torchvision_and_swag(spelling, tmp_path):
     ours = load_backbone(NAME, checkpoint=tmp_path / "w.torch")
     with torch.no_grad():
         expected = theirs(images)
-    assert layout_of(state) == spelling.split(",")[0] and ours.image_size == (SIZE, SIZE) and ours.num_classes == CLASSES
+    assert layout_of(state) == spelling.split(",")[0]
+    assert ours.image_size == (SIZE, SIZE) and ours.num_classes == CLASSES
     assert (logits(ours, images) - expected).abs().max() < 1e-5 and expected.std() > .1
     assert ours.preprocessing.mean == (.485, .456, .406) and ours.preprocessing.crop_pct == 1
 
 
-@pytest.mark.parametrize("make,name,size,classes", [(vit_b_16, "vit_base_patch16_224", 384, 1000), (vit_l_16, "vit_large_patch16_224", 512, 365),
-                                                    (vit_h_14, "vit_huge_patch14_224", 518, 8142)])
+@pytest.mark.parametrize("make,name,size,classes", [
+    (vit_b_16, "vit_base_patch16_224", 384, 1000), (vit_l_16, "vit_large_patch16_224", 512, 365),
+    (vit_h_14, "vit_huge_patch14_224", 518, 8142)])
 @pytest.mark.parametrize("layout", ["torchvision", "swag"])
 def test_true_sizes(make, name, size, classes, layout):
     """At true size every name and shape of torchvision's and SWAG's models has its place in timm's."""
@@ -107,7 +112,8 @@ def test_mae(patch_mean, tmp_path):
     """A file as MAE's fine-tuning writes it; with a class token it is told from timm's by its method name alone."""
     model = timm.create_model(NAME, img_size=SIZE, num_classes=CLASSES, global_pool="avg" if patch_mean else "token")
     state = randomised(model.state_dict())
-    torch.save({"model": state, "epoch": 99, "args": argparse.Namespace(lr=1e-3), "optimizer": {}, "scaler": {"scale": 1.}}, tmp_path / "mae.pth")
+    saved = {"model": state, "epoch": 99, "args": argparse.Namespace(lr=1e-3), "optimizer": {}, "scaler": {"scale": 1.}}
+    torch.save(saved, tmp_path / "mae.pth")
     ours, images = load_backbone(NAME, checkpoint=tmp_path / "mae.pth"), torch.randn(3, 3, SIZE, SIZE)
     assert (logits(ours, images) - plain_vit(state, images, patch_mean)).abs().max() < 1e-5
     assert layout_of(state) == ("mae" if patch_mean else "timm")
@@ -115,19 +121,21 @@ def test_mae(patch_mean, tmp_path):
 
 
 def test_mae_method_file(monkeypatch, tmp_path):
-    """The method's published file goes through the same door: Base size, and its family's preprocessing at 224 and above."""
+    """The method's published file is read like any other: Base size, and its family's preprocessing."""
     model = timm.create_model("vit_base_patch16_224", img_size=32, num_classes=1000, global_pool="avg")
     torch.save({"model": model.state_dict()}, tmp_path / "mae_finetuned_vit_base.pth")
-    asked = []
-    monkeypatch.setattr("llb.models.backbone.fetch", lambda *a: asked.append(a) or tmp_path / "mae_finetuned_vit_base.pth")
+    asked, file = [], tmp_path / "mae_finetuned_vit_base.pth"
+    monkeypatch.setattr("llb.models.backbone.fetch", lambda *a: asked.append(a) or file)
     b = load_backbone("mae_in1k_ft_in1k/base", num_classes=365, image_size=64)
     assert asked == [("https://dl.fbaipublicfiles.com/mae/finetune/mae_finetuned_vit_base.pth", "md5:1b25e9")]
-    assert b.num_classes == 0 and b.num_features == 768 and b.source.endswith("pixels: bicubic)") and b.preprocessing.crop_pct == .875
+    assert b.num_classes == 0 and b.num_features == 768
+    assert b.source.endswith("pixels: bicubic)") and b.preprocessing.crop_pct == .875
 
 
 def google_arrays(layout, with_head=True):
     """A random file as JAX code writes it, in one of three layouts."""
-    g, (prefix, mha, mlp, norm2) = np.random.default_rng(0), {"vit_jax": ("", 1, 3, 2)}.get(layout, ("params/", 0, 0, 1))
+    g = np.random.default_rng(0)
+    prefix, mha, mlp, norm2 = ("", 1, 3, 2) if layout == "vit_jax" else ("params/", 0, 0, 1)
 
     def normal(*shape):
         return (g.standard_normal(shape) * (.1 if len(shape) < 2 else .03)).astype(np.float32)
@@ -171,8 +179,9 @@ def test_google(layout, size, tmp_path):
 
 def test_google_against_plain_arithmetic(tmp_path):
     np.savez(tmp_path / "w.npz", **google_arrays("vit_jax"))
-    ours, images = load_backbone("timm_augreg_in21k_ft_in1k/Tiny", checkpoint=tmp_path / "w.npz"), torch.randn(2, 3, SIZE, SIZE)
-    assert (logits(ours, images) - plain_vit(to_timm(read_state_dict(tmp_path / "w.npz")), images, False)).abs().max() < 1e-5
+    file, images = tmp_path / "w.npz", torch.randn(2, 3, SIZE, SIZE)
+    ours = load_backbone("timm_augreg_in21k_ft_in1k/Tiny", checkpoint=file)
+    assert (logits(ours, images) - plain_vit(to_timm(read_state_dict(file)), images, False)).abs().max() < 1e-5
 
 
 # ---- strictness ----
@@ -187,7 +196,8 @@ def test_strict(tmp_path, capsys):
             load_backbone(NAME, checkpoint=tmp_path / "w.safetensors")
     save_file(good, tmp_path / "w.safetensors")
     capsys.readouterr()
-    assert load_backbone(NAME, checkpoint=tmp_path / "w.safetensors").num_classes == CLASSES and not capsys.readouterr().out
+    assert load_backbone(NAME, checkpoint=tmp_path / "w.safetensors").num_classes == CLASSES
+    assert not capsys.readouterr().out
     assert load_backbone(NAME, checkpoint=tmp_path / "w.safetensors", num_classes=9).num_classes == 0
     assert f"{CLASSES} classes, not 9" in capsys.readouterr().out
 
@@ -232,10 +242,10 @@ def weights_1d(old, new, kind, corners=False):
     scale = (old - 1) / max(new - 1, 1) if corners else old / new
     for i in range(new):
         centre = i * scale if corners else (i + .5) * scale - .5
-        if antialias:                                            # a wider kernel when shrinking, normalised at the border
+        if antialias:   # a wider kernel when shrinking, normalised at the border
             row = np.array([kernel(kind, (j - centre) / max(scale, 1)) for j in range(old)])
             out[i] = row / row.sum()
-        else:                                                    # neighbours beyond the border repeat it
+        else:           # neighbours beyond the border repeat it
             for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
                 out[i, min(max(j, 0), old - 1)] += kernel(kind, centre - j)
     return out
@@ -252,7 +262,7 @@ def resampled(positions, old, new, kind, corners=False):
                                          ("torchvision", ("bicubic", True)), ("google", ("bilinear",))])
 @pytest.mark.parametrize("new", [(5, 5), (2, 2), (4, 2), (3, 3)])
 def test_positions(family, rule, new, tmp_path):
-    """Each family's positions follow its own rule to a larger, a smaller and an oblong grid, and stay as they are on their own."""
+    """Each family's positions follow its own rule to a larger, a smaller and an oblong grid."""
     file = tmp_path / ("w.npz" if family == "google" else "w.pth")
     if family == "google":
         np.savez(file, **google_arrays("vit_jax"))
@@ -261,7 +271,8 @@ def test_positions(family, rule, new, tmp_path):
         torch.save(in_native_layout(state) if family == "swag" else state, file)
     else:
         pool = "avg" if family == "mae" else "token"
-        torch.save(randomised(timm.create_model(NAME, img_size=SIZE, num_classes=CLASSES, global_pool=pool).state_dict()), file)
+        model = timm.create_model(NAME, img_size=SIZE, num_classes=CLASSES, global_pool=pool)
+        torch.save(randomised(model.state_dict()), file)
     stored = to_timm(read_state_dict(file))["pos_embed"]
     b = load_backbone(NAME, checkpoint=file, image_size=tuple(16 * s for s in new))
     found, expected = b.vit.pos_embed, stored if new == (3, 3) else resampled(stored, (3, 3), new, *rule)
@@ -271,22 +282,27 @@ def test_positions(family, rule, new, tmp_path):
 
 def test_rules_differ():
     positions = torch.randn(1, 10, 4)
-    results = [resampled(positions, (3, 3), (5, 5), *r) for r in [("antialiased",), ("bicubic",), ("bicubic", True), ("bilinear",)]]
+    rules = ("antialiased",), ("bicubic",), ("bicubic", True), ("bilinear",)
+    results = [resampled(positions, (3, 3), (5, 5), *rule) for rule in rules]
     assert all((a - b).abs().max() > .01 for i, a in enumerate(results) for b in results[:i])
 
 
 # ---- preprocessing ----
 
 def test_preprocessing_as_published(tmp_path):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 420, 3), dtype=np.uint8)).resize((631, 447), Image.Resampling.BICUBIC)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 420, 3), dtype=np.uint8))
+    image = noise.resize((631, 447), Image.Resampling.BICUBIC)
     with torch.device("meta"):
-        swag, mae, augreg = (load_backbone(n, pretrained=False) for n in ("swag_ig_ft_in1k", "mae_in1k_ft_in1k", "timm_augreg_in21k_ft_in1k"))
+        swag = load_backbone("swag_ig_ft_in1k", pretrained=False)
+        mae = load_backbone("mae_in1k_ft_in1k", pretrained=False)
+        augreg = load_backbone("timm_augreg_in21k_ft_in1k", pretrained=False)
         linear = load_backbone("swag_ig_ft_in1k", pretrained=False, image_size=224)
         large = load_backbone("mae_in1k_ft_in1k", pretrained=False, image_size=384)
-    published = ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1.transforms(), ViT_B_16_Weights.IMAGENET1K_SWAG_LINEAR_V1.transforms()
+    published = ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1, ViT_B_16_Weights.IMAGENET1K_SWAG_LINEAR_V1
     for ours, theirs in zip((swag, linear), published, strict=True):
-        assert (ours.transform()(image) - theirs(image)).abs().max() < 1e-6
+        assert (ours.transform()(image) - theirs.transforms()(image)).abs().max() < 1e-6
     for ours, crop_pct in ((augreg, .9), (mae, 224 / 256), (large, 1.)):
         p = ours.preprocessing
-        theirs = timm.data.create_transform((3, *ours.image_size), interpolation="bicubic", mean=p.mean, std=p.std, crop_pct=crop_pct)
+        theirs = timm.data.create_transform((3, *ours.image_size), interpolation="bicubic", mean=p.mean, std=p.std,
+                                            crop_pct=crop_pct)
         assert (ours.transform()(image) - theirs(image)).abs().max() < 1e-6

@@ -38,12 +38,16 @@ def _remove(path:Path): # a file or a folder, or nothing
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
     else: path.unlink(missing_ok=True)
 
+# %% ../../nbs/0_core/04_files.ipynb #842c8f73
 def _rename_over(made:Path, path:Path):
     "Give `made` its final name. A folder can't be renamed over one that holds files: that one is moved aside first."
     if not (made.is_dir() and path.exists()): return os.replace(made, path)
     aside = made.with_suffix(".old")
     os.replace(path, aside)
-    os.replace(made, path)
+    try: os.replace(made, path)
+    except OSError:
+        os.replace(aside, path)
+        raise
     _remove(aside)
 
 # %% ../../nbs/0_core/04_files.ipynb #ccb7d960
@@ -52,9 +56,9 @@ def atomic(
     path:str|Path,    # what is to appear; replaced if it is there
     folder:bool=False # it is a folder
 )->Iterator[Path]: # where to write it: a name that isn't taken yet or, with `folder`, an empty folder
-    "Let a file or folder appear whole, and on the disk, when the block ends; after an error nothing has changed. Raises what the block or the disk raises."
+    "Let a file or folder appear whole, and on the disk, when the block ends; after an error nothing has changed."
     path = Path(path)
-    made = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")   # no mkstemp: others may read what a colleague wrote
+    made = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")   # mkstemp would let nobody else read it
     try:
         if folder: made.mkdir()
         yield made
@@ -73,6 +77,7 @@ def write_json(
     "Replace a file at once: a reader sees the old or the new content, never a part."
     with atomic(path) as made: made.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
+# %% ../../nbs/0_core/04_files.ipynb #128b96ac
 def read_json(path:Path)->dict: # {} when there is no such file
     "What a JSON file holds."
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -7,6 +7,7 @@ __all__ = ['seed_from', 'seeded']
 
 # %% ../../nbs/0_core/02_seeds.ipynb #244ef06c
 import hashlib, random
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -20,17 +21,19 @@ def seed_from(
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
+# %% ../../nbs/0_core/02_seeds.ipynb #1b7a1cf5
 @contextmanager
 def seeded(
     *parts:int|str # see `seed_from`
-):
+)->Iterator[None]:
     "Run a block with torch, numpy and Python generators seeded from `parts`, then put their states back."
-    seed, before = seed_from(*parts), (random.getstate(), np.random.get_state())
+    seed = seed_from(*parts)
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try: yield
         finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -29,13 +29,14 @@ class ImageDataset(Dataset):
     def __len__(self): return len(self.images)
 
     def __getitem__(self, key:tuple[int, int])->dict: # epoch, index
+        "A dict of `image` [3,H,W], `label` and `index`."
         epoch, index = key
         with seeded(self.seed, "augment", epoch, index): image = self.transform(self.images.open(index))
         return {"index": index, "label": self.images.labels[index], "image": image}
 
 # %% ../../nbs/1_data/15_batches.ipynb #eea9229d
 class TrainBatches:
-    "The keys of one epoch after another, as the share of one process."
+    "The keys of one epoch after another: of each batch, those of one process."
     def __init__(self,
         num_images:int,
         batch_size:int,      # images of one optimizer step over all processes
@@ -43,9 +44,11 @@ class TrainBatches:
         rank:int=0, world_size:int=1
     ):
         self.num_images, self.batch_size, self.seed = num_images, min(batch_size, num_images), seed
-        self.rank, self.world_size, self.epoch, self.start = rank, world_size, 0, 0
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.start = 0, 0   # the epoch, and the batch in it, that come next
         if self.batch_size < world_size:
-            raise InputError(f"A batch of {self.batch_size} images cannot be shared by {world_size} processes; raise --batch_size, or add images.")
+            raise InputError(f"A batch of {self.batch_size} images cannot be divided among {world_size} processes; "
+                             "raise --batch_size, or add images.")
 
     @property
     def per_epoch(self)->int: # optimizer steps
@@ -55,7 +58,7 @@ class TrainBatches:
         step:int,  # optimizer steps done in all
         epoch:int  # the epoch to be in, counted from 0; at its end nothing is left of it
     ):
-        "Go to a place in the run."
+        "Go to a step of the run."
         self.epoch, self.start = epoch, step - epoch * self.per_epoch
 
     def __len__(self): return self.per_epoch - self.start
@@ -66,6 +69,7 @@ class TrainBatches:
             batch = order[i * self.batch_size:(i + 1) * self.batch_size]
             yield [(self.epoch, int(j)) for j in batch[self.rank::self.world_size]]
 
+# %% ../../nbs/1_data/15_batches.ipynb #782b8678
 class EvalBatches:
     "Every image once, over all processes."
     def __init__(self, num_images:int, batch_size:int, rank:int=0, world_size:int=1):
@@ -74,7 +78,7 @@ class EvalBatches:
 
     def __len__(self): return len(self.batches)
 
-    def __iter__(self): return iter(self.batches)
+    def __iter__(self)->Iterator[list[tuple[int, int]]]: return iter(self.batches)   # (0, index)
 
 # %% ../../nbs/1_data/15_batches.ipynb #fafecc77
 def _obey_parent_only(worker:int):
@@ -88,9 +92,10 @@ def _obey_parent_only(worker:int):
         os._exit(0)
     threading.Thread(target=wait, daemon=True).start()
 
+# %% ../../nbs/1_data/15_batches.ipynb #bf6eef39
 def make_loader(
     dataset:Dataset,
-    batches:TrainBatches|EvalBatches,
+    batches:TrainBatches|EvalBatches|list, # of lists of keys
     workers:int=0,          # processes that decode; 0 for this one
     pin_memory:bool=False   # for CUDA
 )->DataLoader: # of dicts of stacked tensors

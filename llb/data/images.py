@@ -7,7 +7,9 @@ __all__ = ['UnreadableImage', 'decode', 'ImageList', 'scan_folder']
 
 # %% ../../nbs/1_data/10_images.ipynb #3873614f
 import csv, hashlib, os
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
@@ -18,29 +20,65 @@ from ..core.errors import InputError
 # %% ../../nbs/1_data/10_images.ipynb #8d84e36c
 class UnreadableImage(InputError):
     "An image that cannot be decoded; the message names the file."
-    def __init__(self, message:str): # a loader worker hands on its whole traceback, of which the last line is the sentence
-        super().__init__(message.strip().splitlines()[-1].split("UnreadableImage: ")[-1])
 
 def decode(path:Path)->Image.Image: # RGB
     "Read an image file. Raises `UnreadableImage` when that is impossible or it is larger than Pillow's limit."
     try:
         with Image.open(path) as image:
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
-                raise UnreadableImage(f"{path} has {image.width} x {image.height} pixels, more than Pillow's safety limit.")
+            pixels = image.width * image.height
+            if pixels > (Image.MAX_IMAGE_PIXELS or float("inf")):
+                size = f"{image.width} x {image.height} pixels"
+                raise UnreadableImage(f"{path} has {size}, more than Pillow's safety limit.")
             return image.convert("RGB")
     except UnreadableImage: raise
     except Exception as e:
-        raise UnreadableImage(f"{path} cannot be decoded ({type(e).__name__}: {' '.join(str(e).split())}); mend or remove it, or leave "
-                             "such files out with --skip_unreadable.") from e
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        raise UnreadableImage(f"{path} cannot be decoded ({reason}); mend or remove it, or leave "
+                              "such files out with --skip_unreadable.") from e
 
+# %% ../../nbs/1_data/10_images.ipynb #690b7c80
+def _short_hash(lines:Iterable[str])->str: # 16 hex digits
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+class _Names:
+    "The names of an `ImageList`, each computed when it is first asked for."
+    def _stats(self)->list[tuple[int, int]]: # of each file: bytes, time of change in ns
+        for file in self.files:
+            if file in self.stats: continue
+            try: found = (self.root / file).stat()
+            except OSError as e: raise InputError(f"{self.root / file} cannot be read ({e.strerror}).") from e
+            self.stats[file] = found.st_size, found.st_mtime_ns
+        return [self.stats[file] for file in self.files]
+
+    @cached_property
+    def content_key(self)->str: # 16 hex digits
+        "What caches go by: folder, files, sizes, times of change. Raises `InputError` when a file is gone."
+        rows = (f"{file} {size} {time}" for file, (size, time) in zip(self.files, self._stats()))
+        return _short_hash([str(self.root.resolve()), *rows])
+
+    @cached_property
+    def _fingerprint(self)->str:
+        return _short_hash(f"{f} {size} {y}" for f, (size, _), y in zip(self.files, self._stats(), self.labels))
+
+    @cached_property
+    def _names_and_labels(self)->str: return _short_hash(f"{f}  {y}" for f, y in zip(self.files, self.labels))
+
+    def fingerprint(self,
+        sizes:bool=True # also of the file sizes, which change when an image is mended
+    )->str: # 16 hex digits
+        "Names these images by files, labels and sizes, wherever they lie. Raises `InputError` when a file is gone."
+        return self._fingerprint if sizes else self._names_and_labels
+
+# %% ../../nbs/1_data/10_images.ipynb #eb885f55
 @dataclass(frozen=True)
-class ImageList:
+class ImageList(_Names):
     "A list of labelled image files."
     root: Path               # the folder the files are relative to
     files: tuple[str, ...]   # relative paths, in a fixed order
     labels: tuple[int, ...]  # class index of each file
     classes: tuple[str, ...] # class names by index
     groups: tuple[str, ...]  # files of one group (near duplicates) stay in one split; by default each is its own
+    stats: dict = field(default_factory=dict, repr=False, compare=False) # file -> bytes, time; shared by `take`
 
     def __len__(self): return len(self.files)
 
@@ -51,16 +89,11 @@ class ImageList:
         "Decode one image; see `decode`."
         return decode(self.root / self.files[index])
 
-    def take(self, indices)->"ImageList": # the chosen files, in the given order
-        pick = lambda values: tuple(values[i] for i in indices)
+    def take(self, indices:Iterable[int])->"ImageList":
+        "The chosen images, in the given order."
+        indices = list(indices)
+        def pick(values:tuple)->tuple: return tuple(values[i] for i in indices)
         return replace(self, files=pick(self.files), labels=pick(self.labels), groups=pick(self.groups))
-
-    def fingerprint(self,
-        sizes:bool=True # also of the file sizes, which change when an image is mended
-    )->str: # 16 hex digits
-        "Names this list by its file names, labels and file sizes."
-        rows = (f"{f} {(self.root / f).stat().st_size if sizes else ''} {y}" for f, y in zip(self.files, self.labels))
-        return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
 # %% ../../nbs/1_data/10_images.ipynb #f359d1fe
 def _read_groups(
@@ -68,11 +101,13 @@ def _read_groups(
 )->dict[str, str]: # relative path -> group
     "Which images belong together."
     if not (root / "index.csv").exists(): return {}
-    with open(root / "index.csv", newline="", encoding="utf-8") as f: return {r["path"]: r["group"] for r in csv.DictReader(f) if "group" in r}
+    with open(root / "index.csv", newline="", encoding="utf-8") as f:
+        return {row["path"]: row["group"] for row in csv.DictReader(f) if "group" in row}
 
 def _refuse(error:OSError):
     raise InputError(f"The folder {error.filename!r} cannot be read ({error.strerror}).") from error
 
+# %% ../../nbs/1_data/10_images.ipynb #cc8d5379
 def _image_files(folder:Path, name:str)->list[str]: # "name/a.jpg", "name/b/c.png", ...
     "The image files below a folder, which is called `name`. Raises `InputError` when a folder in it cannot be read."
     found, skip = [], len(str(folder))
@@ -80,6 +115,15 @@ def _image_files(folder:Path, name:str)->list[str]: # "name/a.jpg", "name/b/c.pn
         found += [f"{name}{path[skip:]}/{f}" for f in files if f.lower().endswith(IMG_EXTENSIONS)]
     return sorted(found, key=lambda f: f.split("/"))
 
+# %% ../../nbs/1_data/10_images.ipynb #8b160bfa
+def _class_names(base:Path)->tuple[str, ...]: # sorted
+    "The folders in a folder that aren't hidden. Raises `InputError` when it can't be read."
+    if not base.is_dir():
+        raise InputError(f"There is no folder {str(base)!r}; --data_dir must name a folder of class folders.")
+    try: return tuple(sorted(d.name for d in base.iterdir() if d.is_dir() and not d.name.startswith(".")))
+    except OSError as e: _refuse(e)
+
+# %% ../../nbs/1_data/10_images.ipynb #5fdc4800
 def scan_folder(
     root:Path,              # files will be relative to this folder
     sub:str="",             # the folder in it that holds the class folders
@@ -87,17 +131,18 @@ def scan_folder(
 )->ImageList:
     "List the images in class folders. Raises `InputError` for a missing, empty or one-class folder."
     root, base = Path(root), Path(root) / sub
-    if not base.is_dir(): raise InputError(f"There is no folder {str(base)!r}; --data_dir must name a folder of class folders.")
-    try: found = tuple(sorted(d.name for d in base.iterdir() if d.is_dir() and not d.name.startswith(".")))
-    except OSError as e: _refuse(e)
-    if classes and set(found) - set(classes):
-        raise InputError(f"{base} has classes that train does not have: {', '.join(sorted(set(found) - set(classes))[:5])}.")
-    classes = classes or found
-    rows = [(f, y) for y, c in enumerate(classes) if c in found for f in _image_files(base / c, (Path(sub) / c).as_posix())]
-    if len(classes) < 2 or not rows:
-        raise InputError(f"{base} has {len(rows)} images in {len(classes)} class folders; training needs images of at least 2 classes, "
-                         "one folder a class.")
-    if empty := [classes[i] for i in set(range(len(classes))) - {y for _, y in rows}]:
-        if classes is found: raise InputError(f"{base} has class folders without an image: {', '.join(empty[:5])}; remove or fill them.")
+    found = _class_names(base)
+    if strange := [c for c in found if classes and c not in classes]:
+        raise InputError(f"{base} has classes that train does not have: {', '.join(strange[:5])}.")
+    wanted = classes or found
+    files = {c: _image_files(base / c, (Path(sub) / c).as_posix()) if c in found else [] for c in wanted}
+    count = sum(map(len, files.values()))
+    if len(wanted) < 2 or not count:
+        raise InputError(f"{base} has {count} images in {len(wanted)} class folders; training needs images of at least "
+                         "2 classes, one folder a class.")
+    if not classes and (empty := [c for c in found if not files[c]]):
+        raise InputError(f"{base} has class folders without an image: {', '.join(empty[:5])}; remove or fill them.")
+    names = tuple(f for c in wanted for f in files[c])
+    labels = tuple(label for label, c in enumerate(wanted) for _ in files[c])
     groups = _read_groups(root)
-    return ImageList(root, tuple(f for f, _ in rows), tuple(y for _, y in rows), classes, tuple(groups.get(f, f) for f, _ in rows))
+    return ImageList(root, names, labels, wanted, tuple(groups.get(f, f) for f in names))

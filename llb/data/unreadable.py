@@ -6,60 +6,55 @@
 __all__ = ['find_unreadable', 'known_unreadable', 'check_images', 'refuse_unreadable', 'without_unreadable']
 
 # %% ../../nbs/1_data/17_unreadable.ipynb #787c9b2f
-import hashlib, json
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..core.console import progress, print_main
 from ..core.distributed import gather_objects, run_on_main, rank, world_size
 from ..core.errors import InputError
-from ..core.files import cache_dir
+from ..core.files import cache_dir, write_json
+from .image_cache import all_images
 from .images import UnreadableImage, decode
 from .splits import Data
 
 # %% ../../nbs/1_data/17_unreadable.ipynb #6982ac37
+def _reason(path:Path)->str|None: # None when it can be decoded
+    try: decode(path)
+    except UnreadableImage as e: return str(e)
+
 def find_unreadable(
     paths:list[Path], # the same in every process
     workers:int=8     # threads
 )->dict[str, str]: # path -> reason, for each image that cannot be decoded
     "Decode every image once."
-    def reason(path:Path)->str|None:
-        try: decode(path)
-        except UnreadableImage as e: return str(e)
     mine = paths[rank()::world_size()]
     with ThreadPoolExecutor(workers) as pool:
-        reasons = progress(pool.map(reason, mine), len(mine), "checking images")
-        found = {str(path): why for path, why in zip(mine, reasons) if why}
-    return {path: why for share in gather_objects(found) for path, why in share.items()}
+        reasons = progress(pool.map(_reason, mine), len(mine), "checking images")
+        found = {str(path): reason for path, reason in zip(mine, reasons) if reason}
+    return {path: reason for of_one in gather_objects(found) for path, reason in of_one.items()}
 
 # %% ../../nbs/1_data/17_unreadable.ipynb #5754a28c
-def _all_paths(data:Data)->list[Path]:
-    return sorted({path for images in vars(data).values() for path in images.paths})
-
-def _note(paths:list[Path])->Path:
-    "The file that remembers a check of images as they are now."
-    stats = ((path, path.stat()) for path in paths)
-    rows = "\n".join(f"{path.resolve()} {s.st_size} {s.st_ctime_ns}" for path, s in stats)
-    return cache_dir() / "checked" / f"{hashlib.sha256(rows.encode()).hexdigest()[:16]}.json"
+def _note(data:Data)->Path: # the file that remembers a check of these images as they are now
+    return cache_dir() / "checked" / f"{all_images(data).content_key}.json"
 
 def known_unreadable(
     data:Data
 )->dict[str, str]|None: # path -> reason; None when these images were not checked
     "What an earlier check found."
-    try: return json.loads(_note(_all_paths(data)).read_text(encoding="utf-8"))
+    try: return json.loads(_note(data).read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
 
+# %% ../../nbs/1_data/17_unreadable.ipynb #874b0f96
 def check_images(
     data:Data
 )->dict[str, str]: # path -> reason
     "Decode all images of all splits, and remember what was found."
-    paths = _all_paths(data)
-    found = find_unreadable(paths)
+    found = find_unreadable(all_images(data).paths)
     def remember():
         try:
-            note = _note(paths)
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps(found), encoding="utf-8")
+            _note(data).parent.mkdir(parents=True, exist_ok=True)
+            write_json(_note(data), found)
         except OSError as e: print_main(f"Note: what the check found cannot be remembered ({e}).")
     run_on_main(remember)
     return found
@@ -67,17 +62,20 @@ def check_images(
 # %% ../../nbs/1_data/17_unreadable.ipynb #f1c2e8e0
 def refuse_unreadable(data:Data):
     "Raise `InputError` when an earlier check found unreadable images among these."
-    if found := known_unreadable(data):
-        raise InputError(f"{len(found)} of these images are known to be unreadable; the first: {next(iter(found.values()))} `llb check-data` lists all.")
+    if found := run_on_main(lambda: known_unreadable(data)):
+        first = next(iter(found.values()))
+        raise InputError(f"{len(found)} of these images are known to be unreadable; the first: {first} "
+                         "`llb check-data` lists all.")
 
 def without_unreadable(
     data:Data
 )->tuple[Data, list[str]]: # the readable images, and the reasons for the others
-    "Leave unreadable images out of every split, checking them if that has not been done. Raises `InputError` when a split becomes empty."
-    known = gather_objects(known_unreadable(data))
-    found = check_images(data) if None in known else known[0]
-    readable = lambda images: images.take([i for i, path in enumerate(images.paths) if str(path) not in found])
-    splits = {name: readable(images) for name, images in vars(data).items()}
-    if empty := [name for name, images in splits.items() if not len(images)]:
-        raise InputError(f"Of the {', '.join(empty)} split no image can be read; the first: {next(iter(found.values()))}")
+    "Drop unreadable images from every split, checking them if need be. Raises `InputError` when a split becomes empty."
+    found = run_on_main(lambda: known_unreadable(data))
+    if found is None: found = check_images(data)
+    splits = {}
+    for name, images in vars(data).items():
+        splits[name] = images.take([i for i, path in enumerate(images.paths) if str(path) not in found])
+        if not len(splits[name]):
+            raise InputError(f"Of the {name} split no image can be read; the first: {next(iter(found.values()))}")
     return Data(**splits), list(found.values())

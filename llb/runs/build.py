@@ -29,7 +29,7 @@ def list_data(
 def make_data(
     config:Config
 )->Data:
-    "The same, without images known to be unreadable: they are refused with `InputError`, or left out where that was asked for."
+    "The same, without images known to be unreadable: refused with `InputError`, or left out where that was asked for."
     data = list_data(config)
     if not config.data.skip_unreadable:
         refuse_unreadable(data)
@@ -46,8 +46,10 @@ def make_backbone(
 )->Backbone:
     "The frozen backbone a configuration names; a random one is announced. Raises `InputError` when it cannot be had."
     if config.random_backbone:
-        print_main("WARNING: --random_backbone: the backbone is randomly initialised and knows nothing; its numbers mean nothing.")
-    backbone = load_backbone(config.backbone, config.checkpoint, num_classes, config.image_size, pretrained=not config.random_backbone)
+        print_main("WARNING: --random_backbone: the backbone is randomly initialised and knows nothing; "
+                   "its numbers mean nothing.")
+    backbone = load_backbone(config.backbone, config.checkpoint, num_classes, config.image_size,
+                             pretrained=not config.random_backbone)
     return backbone.to_bfloat16() if config.backbone_dtype == "bfloat16" else backbone
 
 def make_model(
@@ -57,8 +59,8 @@ def make_model(
 )->LLB: # in eval mode
     "The model a configuration describes, freshly initialised from torch's global seed."
     alpha = 0.5 if config.alpha is None else config.alpha   # the trainer chooses another
-    model = LLB(backbone, config.num_objects, config.num_layers, config.target_layer, alpha, config.temperature, num_classes,
-                config.drop_path)
+    model = LLB(backbone, config.num_objects, config.num_layers, config.target_layer, alpha, config.temperature,
+                num_classes, config.drop_path)
     if config.nv_weights: load_trained(model, config.nv_weights)
     return model.eval()
 
@@ -67,11 +69,11 @@ def load_trained(
     model:LLB,     # takes the weights
     source:str     # a folder or repository of save_pretrained, or a checkpoint file of the release
 ):
-    "Copy a trained branch into a model. Raises `InputError` when it was trained on another backbone or has another shape."
+    "Copy a trained branch into a model. Raises `InputError` when its backbone or its shape is another."
     backbone = model.backbone
     if Path(source).is_file():
-        trained = load_reference_checkpoint(source, num_heads=backbone.num_heads, target_layer=model.target_layer, alpha=model.alpha,
-                                            temperature=model.settings["temperature"])
+        trained = load_reference_checkpoint(source, num_heads=backbone.num_heads, target_layer=model.target_layer,
+                                            alpha=model.alpha, temperature=model.settings["temperature"])
         found, wanted = trained.backbone.content_hash(), backbone.content_hash()
         if found != wanted:
             raise InputError(f"{source} was trained on another backbone ({found}) than {backbone.name} ({wanted}).")

@@ -60,8 +60,8 @@ class ConfigPart:
             if isinstance(value, os.PathLike): setattr(self, f.name, value := os.fspath(value))
             _require(_fits(value, f.type), f.name, value, f"it must be {_in_words(f.type)}")
             if isinstance(value, str):
-                _require(value != "" or f.default == "" or "empty" in f.metadata, f.name, value, "it must name something")
-                _require(not re.search(r"[\x00-\x1f\x7f]", value), f.name, value, "it must not hold control characters")
+                _require(value != "" or "empty" in f.metadata, f.name, value, "it must name something")
+                _require(not re.search(r"[\x00-\x1f\x7f]", value), f.name, value, "it must hold no control characters")
         self.check()
 
     def check(self): "Refuse values that cannot work."
@@ -89,16 +89,16 @@ class ModelConfig(ConfigPart):
     target_layer: int = 11                # the block whose tokens are used, counted from 1
     temperature: float = 0.1              # of the assignment softmax
     drop_path: float = 0.0                # stochastic depth in the label-focused blocks
-    backbone_dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; bfloat16 rounds them, in half the memory
+    backbone_dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen weights; bfloat16 rounds them
     alpha: float|None = None              # weight of the visual prediction; None to choose it on the selection split
-    nv_weights: str|None = None           # start from this trained LLB: a folder of save_pretrained, or a release's checkpoint
+    nv_weights: str|None = None           # start from a trained LLB: a saved folder, or a checkpoint of the release
 
     def check(self):
-        self.require(lambda x: x >= 2, "it counts the visual block, so at least one more is needed: 2 or more", "num_layers")
+        self.require(lambda x: x >= 2, "it counts the visual block, and one more is needed: 2 or more", "num_layers")
         self.require(lambda x: x >= 2, "there must be at least 2 latent objects", "num_objects")
         self.require(lambda x: x > 0, "it must be above 0", "temperature")
         self.require(lambda x: x is None or x > 0, "it must be above 0", "image_size")
-        self.require(lambda x: x is None or 0 <= x <= 1, "as the weight of the visual prediction it must lie in 0..1", "alpha")
+        self.require(lambda x: x is None or 0 <= x <= 1, "as a weight it must lie in 0..1", "alpha")
         self.require(lambda x: 0 <= x < 1, "it must lie in 0..1, below 1", "drop_path")
 
 # %% ../../nbs/3_runs/31_config.ipynb #bb7188ac
@@ -106,13 +106,13 @@ class ModelConfig(ConfigPart):
 class DataConfig(ConfigPart):
     "The images and how they are read."
     dataset: str = "openclipart"          # openclipart, ImageFolder, ImageNet, Places365 or iNat18
-    data_dir: str|None = None             # its folder; for ImageFolder class folders, or train/ and val/ with class folders
-    num_classes: int|None = None          # the classes expected; None for the data set's official number, or what is there
+    data_dir: str|None = None             # its folder; for ImageFolder class folders, or train/ and val/ with such
+    num_classes: int|None = None          # classes expected; None for the data set's official number, or what is there
     selection_fraction: float = 0.15      # cut from the training images, for choosing epoch and alpha
     augment: Literal["randaugment", "none"] = "randaugment"  # of training images
     cache: bool = False                   # keep the frozen tokens on disk wherever nothing random changes them
-    cache_views: int = 0                  # with cache: tokens of this many augmented views of each training image, taken in turn
-    cache_images: bool = _free(False)     # keep all images on disk as bytes, decoded, resized and cropped; the same pixels
+    cache_views: int = 0                  # with cache: tokens of so many augmented views of each image, in turn
+    cache_images: bool = _free(False)     # keep all images on disk as bytes, resized and cropped; the same pixels
     skip_unreadable: bool = False         # leave unreadable images out, listed and counted
     workers: int = _free(2)               # processes that decode images, per training process
 
@@ -120,8 +120,8 @@ class DataConfig(ConfigPart):
         self.require(lambda x: 0 < x < 1, "it must lie between 0 and 1", "selection_fraction")
         self.require(lambda x: x >= 0, "it cannot be negative", "workers", "cache_views")
         self.require(lambda x: x is None or x >= 2, "there are at least 2 classes", "num_classes")
-        self.without_effect(not self.cache or self.augment == "none", "views of augmented images need --cache and an augmentation",
-                            "cache_views")
+        idle = not self.cache or self.augment == "none"
+        self.without_effect(idle, "views of augmented images need --cache and an augmentation", "cache_views")
 
 # %% ../../nbs/3_runs/31_config.ipynb #046ad4ad
 @dataclass(kw_only=True)
@@ -149,23 +149,28 @@ class OptimConfig(ConfigPart):
 
     def check(self):
         self.require(lambda x: x >= 1, "it must be at least 1", "epochs", "batch_size", "micro_batches")
-        self.require(lambda x: x is None or x > 0, "it must be above 0", "lr", "visual_lr", "gamma", "step_size", "t_max", "clip_grad")
-        self.require(lambda x: x >= 0, "it cannot be negative", "weight_decay", "warmup_epochs", "lr_min", "diversity_weight")
+        self.require(lambda x: x is None or x > 0, "it must be above 0",
+                     "lr", "visual_lr", "gamma", "step_size", "t_max", "clip_grad")
+        self.require(lambda x: x >= 0, "it cannot be negative",
+                     "weight_decay", "warmup_epochs", "lr_min", "diversity_weight")
         self.require(lambda x: 0 <= x < 1, "it must lie in 0..1, below 1", "momentum")
-        self.require(lambda x: x <= self.batch_size, f"a batch of {self.batch_size} has no more images", "micro_batches")
+        most = self.batch_size
+        self.require(lambda x: x <= most, f"a batch of {most} has no more images", "micro_batches")
         self.require(lambda x: all(m > 0 for m in x), "its epochs must be above 0", "milestones")
-        self.check_schedule()
+        _check_schedule(self)
 
-    def check_schedule(self):
-        "Refuse options of another optimizer or schedule."
-        chosen = self.lr_scheduler
-        _require(chosen != "MultiStepLR" or len(self.milestones) > 0, "milestones", (), "MultiStepLR needs at least one epoch")
-        self.without_effect(self.opt != "SGD", "only --opt SGD has it", "momentum")
-        for names, schedules in _SCHEDULES.items():
-            self.without_effect(chosen not in schedules, f"it belongs to --lr_scheduler {' or '.join(schedules)}", *names)
+# %% ../../nbs/3_runs/31_config.ipynb #35ee0e97
+_COSINE, _STEP, _MULTI_STEP, _EXPONENTIAL = "CosineAnnealingLR", "StepLR", "MultiStepLR", "ExponentialLR"
+_SCHEDULES = {"lr_min": [_COSINE], "t_max": [_COSINE], "step_size": [_STEP], "milestones": [_MULTI_STEP],
+              "gamma": [_STEP, _MULTI_STEP, _EXPONENTIAL]}
 
-_SCHEDULES = {("lr_min", "t_max"): ("CosineAnnealingLR",), ("step_size",): ("StepLR",), ("milestones",): ("MultiStepLR",),
-              ("gamma",): ("StepLR", "MultiStepLR", "ExponentialLR")}
+def _check_schedule(optim:OptimConfig):
+    "Refuse options of another optimizer or schedule."
+    chosen = optim.lr_scheduler
+    _require(chosen != "MultiStepLR" or optim.milestones, "milestones", (), "MultiStepLR needs at least one epoch")
+    optim.without_effect(optim.opt != "SGD", "only --opt SGD has it", "momentum")
+    for name, schedules in _SCHEDULES.items():
+        optim.without_effect(chosen not in schedules, f"it belongs to --lr_scheduler {' or '.join(schedules)}", name)
 
 # %% ../../nbs/3_runs/31_config.ipynb #08d861ad
 @dataclass(kw_only=True)
@@ -189,23 +194,25 @@ class RunConfig(ConfigPart):
     def check(self):
         self.require(lambda x: x is None or (Path(x).name == x and x != ".." and len(x.encode()) <= 200),
                      "it must be the name of one folder, without / or ..; --save_dir says where that is", "name")
+        self.require(lambda x: x is None or x.isprintable(), "it must have no control characters", "name", "save_dir")
         self.require(lambda x: x >= 1, "it must be at least 1", "log_every")
         self.require(lambda x: x >= 0, "it cannot be negative", "save_every")
         self.require(lambda x: x > 0, "it must be above 0", "timeout")
         self.require(lambda x: abs(x) < 2**63, "it must fit into 64 bits", "seed")
-        self.require(lambda x: re.fullmatch(r"auto|cpu|cuda(:\d+)?", x), "there are auto, cpu, cuda and cuda:N", "device")
-        _require(not (self.resume and self.overwrite), "resume", True, "a run cannot be resumed and overwritten at once; choose one")
+        known = re.compile(r"auto|cpu|cuda(:\d+)?")
+        self.require(known.fullmatch, "there are auto, cpu, cuda and cuda:N", "device")
+        _require(not (self.resume and self.overwrite), "resume", True, "a run is resumed or overwritten; choose one")
         self.without_effect(not self.save, "nothing is kept without --save", "save_every")
-        self.without_effect(self.eval, "--eval scores a model and leaves run folders alone", "resume", "overwrite", "save_every")
+        self.without_effect(self.eval, "--eval leaves run folders alone", "resume", "overwrite", "save_every")
 
 # %% ../../nbs/3_runs/31_config.ipynb #c698ba6c
 @dataclass(kw_only=True)
 class VisualConfig(ConfigPart):
     "How a backbone itself is fine-tuned; the options of data, optimizer and run hold as well."
-    objective: Literal["llb", "visual"] = "llb"  # train LLB on a frozen backbone, or fine-tune the backbone and its class head
+    objective: Literal["llb", "visual"] = "llb"  # train LLB on a frozen backbone, or fine-tune the backbone itself
     layer_decay: float = 0.75                    # factor of the learning rate from a backbone block to the one below it
     backbone_drop_path: float = 0.1              # stochastic depth of the last backbone block; less in those below it
-    auto_augment: str = field(default="rand-m9-mstd0.5-inc1", metadata={"empty": "none"})  # of training images, as timm says it
+    auto_augment: str = field(default="rand-m9-mstd0.5-inc1", metadata={"empty": "none"})  # in timm's notation
     random_erasing: float = 0.25                 # fraction of the training images with an erased part
     mixup: float = 0.8                           # how strongly pairs of images are blended; 0 for never
     cutmix: float = 1.0                          # how strongly parts of images are exchanged; 0 for never
@@ -228,6 +235,11 @@ _NEED_FROZEN = {  # options that do not go with --objective visual, and why
     "eval": "a backbone by itself is scored when it is trained",
     "nv_weights": "label-focused layers are trained afterwards"}
 
+def _check_objective(values:dict):
+    for name, why in _NEED_FROZEN.items():
+        if values[name]: raise InputError(f"--{name} does not go with --objective visual: {why}.")
+
+# %% ../../nbs/3_runs/31_config.ipynb #cc20c644
 @dataclass(kw_only=True)
 class Config:
     "Everything that describes a run, by owner. Raises `InputError` for values that cannot work."
@@ -238,10 +250,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
-        if self.visual.objective == "llb": return
-        values = self.to_dict()
-        for name, why in _NEED_FROZEN.items():
-            if values[name]: raise InputError(f"--{name} does not go with --objective visual: {why}.")
+        if self.visual.objective == "visual": _check_objective(self.to_dict())
 
     @property
     def run_folder(self)->Path:
@@ -249,11 +258,12 @@ class Config:
         model, run = self.model, self.run
         backbone = "random_" * model.random_backbone + model.backbone
         trained = "visual" if self.visual.objective == "visual" else f"K{model.num_objects}-L{model.num_layers}"
-        return Path(run.save_dir) / (run.name or f"{self.data.dataset}-{backbone}-{trained}-seed{run.seed}".replace("/", "_"))
+        name = run.name or f"{self.data.dataset}-{backbone}-{trained}-seed{run.seed}".replace("/", "_")
+        return Path(run.save_dir) / name
 
     @classmethod
     def of(cls, **values)->"Config":
-        "Make a configuration from flat names, as flags and TOML files have them. Raises `InputError` for one that does not exist."
+        "Make a configuration from flat names, as flags and TOML files have them. Raises `InputError` for unknown ones."
         _refuse_unknown(values)
         parts = {owner: {} for owner in PARTS}
         for name, value in values.items():
@@ -304,13 +314,14 @@ def recipe_file(name:str)->Path:
     "The file of a recipe. Raises `InputError` with the names there are."
     path = RECIPES / f"{name}.toml"
     if path.is_file(): return path
-    raise InputError(f"There is no recipe {name!r}; there are {', '.join(sorted(p.stem for p in RECIPES.glob('*.toml')))}.")
+    names = sorted(p.stem for p in RECIPES.glob("*.toml"))
+    raise InputError(f"There is no recipe {name!r}; there are {', '.join(names)}.")
 
 def parse_command(
     argv:list[str],          # the words after the command
     prog:str="llb train"     # for the usage line
 )->Config:
-    "Build a configuration from flags (ours or the release's), on top of a recipe or file. Raises `InputError`, or exits with status 2."
+    "Build a configuration from flags, ours or the release's. Raises `InputError`, or exits with status 2."
     starts = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     which = starts.add_mutually_exclusive_group()
     which.add_argument("--recipe", type=recipe_file)
@@ -319,6 +330,7 @@ def parse_command(
     flags, base = translate(flags), start.recipe or start.config
     names = [word[2:].split("=")[0].replace("-", "_") for word in flags if word.startswith("--")]
     _refuse_unknown([name.removeprefix("no_") for name in names if name != "help"], "--")
-    about = "Train LLB on a frozen backbone. --recipe NAME or --config FILE (TOML, or a run's config.json) sets all values first."
+    about = ("Train LLB on a frozen backbone. --recipe NAME or --config FILE (TOML, or a run's config.json) "
+             "sets all values first.")
     return tyro.cli(tyro.conf.OmitArgPrefixes[Config], args=flags, prog=prog, description=about, use_underscores=True,
                     default=Config.from_file(base) if base else None)

@@ -15,14 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.backbone import load_backbone
-from .config import Config
-from ..models.zoo import find_method
 from ..models.llb import LLB
-from ..models.objects import COMPACT
-from ..models.zoo import FOCUS_NAME
-
-# %% ../../nbs/3_runs/33_cost.ipynb #f7eceb09
-from .config import RECIPES
+from ..models.zoo import find_method, FOCUS_NAME
+from .config import Config, ModelConfig, RECIPES
 
 # %% ../../nbs/3_runs/33_cost.ipynb #4a81e0a9
 @dataclass
@@ -34,28 +29,35 @@ class Cost:
     predict: float         # GFLOPs per image, both branches
     train: float           # GFLOPs per image and step, forward and backward
     activations: int       # bytes per image that the backward pass needs
-    tokens: int            # bytes per image in the feature cache
+    tokens: int            # bytes per image in the token cache
 
 def _count(module:nn.Module)->int: return sum(p.numel() for p in module.parameters())
+
+def _kept_bytes(model:LLB, images:torch.Tensor)->tuple[int, float]: # and the GFLOPs of a step
+    "What autograd keeps of a forward pass, besides parameters."
+    weights, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+    def keep(t:torch.Tensor)->torch.Tensor:
+        storage = t.untyped_storage()   # of a view, what it is a view of
+        if storage._cdata not in weights: kept[storage._cdata] = storage
+        return t
+    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda t: t):
+        model.train()(images).label_logits.sum().backward()
+    return sum(storage.nbytes() for storage in kept.values()), counter.get_total_flops() / 1e9
 
 def model_cost(
     model:LLB # on the meta device
 )->Cost:
     "Count by running one image that has no pixels."
-    backbone, kept = model.backbone, {}
+    backbone = model.backbone
     images = torch.empty(1, 3, *backbone.image_size, device="meta")
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    def keep(t:torch.Tensor)->torch.Tensor:
-        storage = t.untyped_storage()   # of a view, what it is a view of
-        if storage._cdata not in weights: kept[storage._cdata] = storage
-        return t
-    with FlopCounterMode(display=False) as predict: model.eval()(images)
-    with FlopCounterMode(display=False) as train, saved_tensors_hooks(keep, lambda t: t):
-        model.train()(images).label_logits.sum().backward()
-    return Cost(backbone.image_size[0], _count(model.branch), _count(backbone), predict.get_total_flops() / 1e9, train.get_total_flops() / 1e9,
-                sum(storage.nbytes() for storage in kept.values()),
-                (backbone.num_prefix + backbone.grid[0] * backbone.grid[1]) * backbone.dim * 2)
+    with FlopCounterMode(display=False) as counter: model.eval()(images)
+    activations, train = _kept_bytes(model, images)
+    tokens = backbone.num_prefix + backbone.grid[0] * backbone.grid[1]
+    return Cost(image_size=backbone.image_size[0], trained=_count(model.branch), frozen=_count(backbone),
+                predict=counter.get_total_flops() / 1e9, train=train, activations=activations,
+                tokens=tokens * backbone.dim * 2)   # bf16
 
+# %% ../../nbs/3_runs/33_cost.ipynb #043c43c3
 def _published_classes(name:str)->int: # 0 for backbones without a head
     "The classes of the head that a backbone's published weights have."
     if name == FOCUS_NAME: return 0
@@ -63,18 +65,24 @@ def _published_classes(name:str)->int: # 0 for backbones without a head
     return method.num_classes if method else getattr(timm.get_pretrained_cfg(name), "num_classes", 0)
 
 def config_cost(
-    config:Config,
+    config:ModelConfig,
     num_classes:int
 )->Cost:
-    "What the model of a configuration takes, without its weights."
-    head = num_classes if config.model.random_backbone or _published_classes(config.model.backbone) == num_classes else 0
+    "What the model of a configuration takes. Raises `InputError` for a backbone that does not exist."
+    own_head = config.random_backbone or _published_classes(config.backbone) == num_classes
     with torch.device("meta"):
-        backbone = load_backbone(config.model.backbone, num_classes=head, image_size=config.model.image_size, pretrained=False)
-        model = LLB(backbone, config.model.num_objects, config.model.num_layers, config.model.target_layer, num_classes=num_classes)
-        model.branch.compact = config.model.num_objects >= COMPACT
+        backbone = load_backbone(config.backbone, num_classes=num_classes if own_head else 0,
+                                 image_size=config.image_size, pretrained=False)
+        model = LLB(backbone, config.num_objects, config.num_layers, config.target_layer, num_classes=num_classes)
         return model_cost(model)
 
 # %% ../../nbs/3_runs/33_cost.ipynb #0b330b48
+def _memory(cost:Cost, config:Config, images:int)->float: # bytes, in float32
+    "What a process holds: weights, gradients, the optimizer's moments, and activations of so many images."
+    frozen = cost.frozen * (2 if config.model.backbone_dtype == "bfloat16" else 4)
+    copies = 2 if config.optim.opt == "SGD" else 4
+    return frozen + 4 * cost.trained * copies + images * cost.activations
+
 def preview(
     cost:Cost,
     config:Config,
@@ -82,15 +90,18 @@ def preview(
     processes:int=1
 )->str:
     "What a run will take, in words."
-    parts, batch = -(-config.optim.batch_size // config.optim.micro_batches), min(config.optim.batch_size * processes, num_images)
-    backbone = cost.frozen * (2 if config.model.backbone_dtype == "bfloat16" else 4)
-    state = backbone + 4 * cost.trained * (2 if config.optim.opt == "SGD" else 4)   # weights, gradients, moments
-    lines = [f"{cost.trained / 1e6:.1f} M trained and {cost.frozen / 1e6:.1f} M frozen parameters; {cost.predict:.1f} GFLOPs to predict and "
-             f"{cost.train:.1f} to train on one {cost.image_size}-pixel image.",
-             f"About {(state + parts * cost.activations) / 1e9:.1f} GB per process for weights, optimizer and {parts} images at a time, in float32, besides PyTorch itself.",
-             f"{config.optim.epochs} epochs of {num_images // batch} steps, {batch} images each."]
-    views = f", {config.data.cache_views} views each" if config.data.cache_views else ""
-    if config.data.cache: lines.append(f"Feature cache of the training images{views}: {num_images * max(1, config.data.cache_views) * cost.tokens / 1e6:.0f} MB on disk.")
+    optim, data = config.optim, config.data
+    images = -(-optim.batch_size // optim.micro_batches)   # of a micro-batch
+    batch = min(optim.batch_size * processes, num_images)
+    lines = [f"{cost.trained / 1e6:.1f} M trained and {cost.frozen / 1e6:.1f} M frozen parameters; {cost.predict:.1f} "
+             f"GFLOPs to predict and {cost.train:.1f} to train on one {cost.image_size}-pixel image.",
+             f"About {_memory(cost, config, images) / 1e9:.1f} GB per process for weights, optimizer and {images} "
+             "images at a time, in float32, besides PyTorch itself.",
+             f"{optim.epochs} epochs of {num_images // batch} steps, {batch} images each."]
+    if data.cache:
+        views = f", {data.cache_views} views each" if data.cache_views else ""
+        size = num_images * max(1, data.cache_views) * cost.tokens
+        lines.append(f"Token cache of the training images{views}: {size / 1e6:.0f} MB on disk.")
     return "\n".join(lines)
 
 # %% ../../nbs/3_runs/33_cost.ipynb #caecbeaf
@@ -98,10 +109,12 @@ _CLASSES = {"imagenet": 1000, "places365": 365, "inat18": 8142, "openclipart": 1
 
 def recipe_table()->str:
     "All recipes with their cost."
-    rows = [f"{'recipe':<16}{'data set':<13}{'pixels':>7}{'trained':>10}{'frozen':>10}{'GFLOPs: predict':>17}{'train':>8}   backbone"]
+    rows = [f"{'recipe':<16}{'data set':<13}{'pixels':>7}{'trained':>10}{'frozen':>10}"
+            f"{'GFLOPs: predict':>17}{'train':>8}   backbone"]
     for path in sorted(RECIPES.glob("*.toml")):
         config = Config.from_file(path)
-        c = config_cost(config, _CLASSES[config.data.dataset.lower()])
-        rows.append(f"{path.stem:<16}{config.data.dataset:<13}{c.image_size:>7}{c.trained / 1e6:>8.1f} M{c.frozen / 1e6:>8.1f} M"
-                    f"{c.predict:>17.1f}{c.train:>8.1f}   {config.model.backbone}")
+        cost = config_cost(config.model, _CLASSES[config.data.dataset.lower()])
+        rows.append(f"{path.stem:<16}{config.data.dataset:<13}{cost.image_size:>7}"
+                    f"{cost.trained / 1e6:>8.1f} M{cost.frozen / 1e6:>8.1f} M"
+                    f"{cost.predict:>17.1f}{cost.train:>8.1f}   {config.model.backbone}")
     return "\n".join(rows)

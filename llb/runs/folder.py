@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAUNCH', 'check_folder', 'prepare_folder', 'EventLog', 'tail_events', 'without_undone', 'read_events', 'environment',
-           'describe_data', 'check_resumable', 'RunWriter', 'RunReader']
+           'describe_data', 'check_resumable', 'RunWriter', 'read_object', 'EventReader', 'RecordReader', 'RunReader']
 
 # %% ../../nbs/3_runs/36_folder.ipynb #3deb088a
 import json, os, platform, shutil, subprocess, tempfile, threading, time
@@ -19,7 +19,8 @@ from ..core.distributed import raise_everywhere, run_on_main, Runtime
 from ..core.errors import InputError
 from ..core.files import read_json, write_json
 from ..data.splits import Data
-from ..models.llb import describe_backbone, LLB
+from ..models.llb import LLB
+from ..models.saving import describe_backbone
 from .build import make_data
 from .checkpoints import load_newest, prune_checkpoints, save_checkpoint
 from .config import Config, RESUME_FREE
@@ -190,7 +191,7 @@ class _Checkpoints:
             save_checkpoint(self.folder / "checkpoints", step, state)
             every = self.config.run.save_every
             kept = {h["step"] for h in state["history"] if every and h["epoch"] % every == 0}
-            prune_checkpoints(self.folder / "checkpoints", kept | ({best_step} - {None}))
+            prune_checkpoints(self.folder / "checkpoints", kept | {step, best_step} - {None})
         if self.config.run.save: run_on_main(write)
 
     def restore(self)->dict|None:
@@ -213,7 +214,8 @@ class RunWriter(_Checkpoints):
         trained = sum(p.numel() for p in model.branch.parameters())
         write_json(self.folder / "config.json", {
             "config": self.config.to_dict(), "environment": environment(),
-            "backbone": describe_backbone(model.backbone), **about_data, "processes": self.runtime.world_size, "global_batch": global_batch,
+            "backbone": describe_backbone(model.backbone), **about_data,
+            "processes": self.runtime.world_size, "global_batch": global_batch,
             "device": str(self.runtime.device), "trained_parameters": trained})
 
     def write(self, kind:str, step:int, **values):
@@ -237,7 +239,7 @@ class RunWriter(_Checkpoints):
         for logger in self.loggers: logger.close()
 
 # %% ../../nbs/3_runs/36_folder.ipynb #1a7f0c0c
-def _object(path:Path)->dict: # {} when there is no such file
+def read_object(path:Path)->dict: # {} when there is no such file
     "A JSON object from a run folder. Raises `InputError` when the file is damaged."
     try:
         found = read_json(path)
@@ -245,16 +247,31 @@ def _object(path:Path)->dict: # {} when there is no such file
     except (OSError, ValueError) as e: raise InputError(f"{str(path)!r} is damaged ({e}).") from e
     return found
 
-class _RecordReader:
-    "Reads what a run has written down so far; again whenever it is asked, for the run may go on."
+class EventReader:
+    "Reads the events of a run folder; again whenever it is asked, for the run may go on."
     def __init__(self, folder:str|Path):
         self.folder = Path(folder).resolve()
         self._events, self._position, self._lock = [], 0, threading.Lock()
 
+    def events(self, kind:str|None=None)->list[dict]: # in order, without those a resume has undone
+        "The events of the run, or those of one kind; each call reads only what is new."
+        with self._lock:
+            new, position = tail_events(self.folder, self._position)
+            if position < self._position: self._events = []   # the run was started again
+            self._position, self._events = position, without_undone(self._events + new)
+            return [e for e in self._events if kind in (None, e["kind"])]
+
+    def epochs(self)->list[dict]: # one event an epoch that is complete
+        "What is known of each epoch: its mean loss terms, and the scores of the selection split."
+        return self.events("epoch")
+
+# %% ../../nbs/3_runs/36_folder.ipynb #1a7f0d06
+class RecordReader(EventReader):
+    "Reads what a run has written down about itself."
     @property
     def about(self)->dict:
         "config.json. Raises `InputError` when there is none or it is damaged."
-        found = _object(self.folder / "config.json")
+        found = read_object(self.folder / "config.json")
         if not found: raise InputError(f"There is no run in {str(self.folder)!r} (no config.json).")
         return found
 
@@ -272,22 +289,10 @@ class _RecordReader:
     @property
     def metrics(self)->dict: # {} until the run is done
         "metrics.json. Raises `InputError` when it is damaged."
-        return _object(self.folder / "metrics.json")
-
-    def events(self, kind:str|None=None)->list[dict]: # in order, without those a resume has undone
-        "The events of the run, or those of one kind; each call reads only what is new."
-        with self._lock:
-            new, position = tail_events(self.folder, self._position)
-            if position < self._position: self._events = []   # the run was started again
-            self._position, self._events = position, without_undone(self._events + new)
-            return [e for e in self._events if kind in (None, e["kind"])]
-
-    def epochs(self)->list[dict]: # one event an epoch that is complete
-        "What is known of each epoch: its mean loss terms, and the scores of the selection split."
-        return self.events("epoch")
+        return read_object(self.folder / "metrics.json")
 
 # %% ../../nbs/3_runs/36_folder.ipynb #1a7f0c0d
-class RunReader(_RecordReader):
+class RunReader(RecordReader):
     "A run folder, to be read: its records, its model and its data, each loaded once."
     _model = _data = None
 

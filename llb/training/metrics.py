@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.distributed import sum_over_ranks
 from ..core.errors import InputError
-from ..models.llb import fuse, LLBOutput
+from ..models.heads import fuse
 from ..models.objects import entropy
 
 # %% ../../nbs/4_training/40_metrics.ipynb #ebf2c7a4
@@ -29,42 +29,50 @@ class Scores:
     alphas: np.ndarray             # [A] weights of the visual prediction
     top1: np.ndarray               # [n,A] predicted class
     in_top5: np.ndarray            # [n,A] whether the true class is among the five most probable
-    label_probability: np.ndarray  # [n,A] probability of the true class
-    confidence: np.ndarray         # [n,A] probability of the predicted class
-    squares: np.ndarray            # [n,A] sum of squared probabilities, for the Brier score
+    label_probability: np.ndarray  # [n,A] probability of the true class, 0..1
+    confidence: np.ndarray         # [n,A] probability of the predicted class, 0..1
+    squares: np.ndarray            # [n,A] sum of squared probabilities, 0..1, for the Brier score
 
     def column(self, alpha:float)->int:
         "Where an alpha stands. Raises `InputError` when it was not scored."
         found = np.flatnonzero(np.isclose(self.alphas, alpha))
-        if not len(found): raise InputError(f"alpha {alpha} was not scored; there are {', '.join(map(str, self.alphas))}.")
+        if not len(found):
+            raise InputError(f"alpha {alpha} was not scored; there are {', '.join(map(str, self.alphas))}.")
         return int(found[0])
 
 # %% ../../nbs/4_training/40_metrics.ipynb #9a90329a
+def _score(
+    p:Tensor,     # [B,C] probabilities
+    label:Tensor  # [B]
+)->dict[str, Tensor]: # the fields of `Scores`, each [B]
+    "Score one prediction."
+    own = p.gather(1, label[:, None])[:, 0]
+    confidence, top1 = p.max(1)
+    in_top5 = (p > own[:, None]).sum(1) < 5
+    return {"top1": top1, "in_top5": in_top5, "label_probability": own, "confidence": confidence,
+            "squares": p.square().sum(1)}
+
 def score_batch(
-    out:LLBOutput,
-    index:Tensor,  # [B]
-    label:Tensor,  # [B]
+    visual_logits:Tensor, # [B,C]
+    label_logits:Tensor,  # [B,C]
+    index:Tensor,         # [B]
+    label:Tensor,         # [B]
     alphas:tuple[float, ...]=ALPHAS
 )->Scores:
     "Score one batch at all alphas."
-    columns = {f.name: [] for f in fields(Scores)[3:]}
-    label = label.to(out.label_logits.device)
-    for alpha in alphas:
-        p = fuse(out.visual_logits, out.label_logits, alpha)
-        own = p.gather(1, label[:, None])[:, 0]
-        confidence, top1 = p.max(1)
-        values = dict(top1=top1, in_top5=(p > own[:, None]).sum(1) < 5, label_probability=own, confidence=confidence, squares=p.square().sum(1))
-        for name, value in values.items(): columns[name].append(value)
-    return Scores(index.cpu().numpy(), label.cpu().numpy(), np.array(alphas), **{k: torch.stack(v, 1).cpu().numpy() for k, v in columns.items()})
+    columns = [_score(fuse(visual_logits, label_logits, alpha), label.to(label_logits.device)) for alpha in alphas]
+    stacked = {name: torch.stack([column[name] for column in columns], 1).cpu().numpy() for name in columns[0]}
+    return Scores(index.cpu().numpy(), label.cpu().numpy(), np.array(alphas), **stacked)
 
 def merge_scores(
     parts:list[Scores]  # of batches and processes, in any order
 )->Scores: # sorted by index
-    "Join scores. Raises `InputError` if an image was seen twice."
-    joined = {f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Scores) if f.name != "alphas"}
+    "Join scores of different images."
+    names = [f.name for f in fields(Scores) if f.name != "alphas"]
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     order = np.argsort(joined["index"], kind="stable")
-    if len(np.unique(joined["index"])) != len(order): raise InputError("An image was evaluated twice; its prediction would count double.")
-    return Scores(alphas=parts[0].alphas, **{k: v[order] for k, v in joined.items()})
+    assert len(np.unique(joined["index"])) == len(order), "an image was evaluated twice; it would count double"
+    return Scores(alphas=parts[0].alphas, **{name: values[order] for name, values in joined.items()})
 
 # %% ../../nbs/4_training/40_metrics.ipynb #d75c919c
 def _calibration_error(confidence:np.ndarray, right:np.ndarray, bins:int=15)->float: # 0..1
@@ -76,19 +84,23 @@ def _calibration_error(confidence:np.ndarray, right:np.ndarray, bins:int=15)->fl
 def measure(
     scores:Scores,
     alpha:float    # one of `scores.alphas`
-)->dict[str, float]: # top1, top5 (shares), nll (nats), brier (0..2), ece (0..1)
-    "The quality of the prediction at one alpha."
-    a = scores.column(alpha)
-    own, right = scores.label_probability[:, a].astype(float), scores.top1[:, a] == scores.label
+)->dict[str, float]: # top1, top5 (fractions), nll (nats), brier (0..2), ece (0..1)
+    "The quality of the prediction at one alpha. Raises `InputError` for an alpha that was not scored."
+    column = scores.column(alpha)
+    own = scores.label_probability[:, column].astype(float)
+    right = scores.top1[:, column] == scores.label
     tiny = np.finfo(np.float32).tiny
-    return {"top1": float(right.mean()), "top5": float(scores.in_top5[:, a].mean()), "nll": float(-np.log(np.maximum(own, tiny)).mean()),
-            "brier": float((scores.squares[:, a] - 2 * own + 1).mean()),
-            "ece": _calibration_error(scores.confidence[:, a].astype(float), right)}
+    return {"top1": float(right.mean()),
+            "top5": float(scores.in_top5[:, column].mean()),
+            "nll": float(-np.log(np.maximum(own, tiny)).mean()),
+            "brier": float((scores.squares[:, column] - 2 * own + 1).mean()),
+            "ece": _calibration_error(scores.confidence[:, column].astype(float), right)}
 
+# %% ../../nbs/4_training/40_metrics.ipynb #9f081b8d
 def class_accuracy(
     scores:Scores,
     alpha:float
-)->dict[int, float]: # class index -> share of its images that are right
+)->dict[int, float]: # class index -> fraction of its images that are right
     "Top-1 accuracy of each class that occurs."
     right = scores.top1[:, scores.column(alpha)] == scores.label
     return {int(c): float(right[scores.label == c].mean()) for c in np.unique(scores.label)}
@@ -97,37 +109,39 @@ def set_accuracy(
     scores:Scores,
     accepted:list[set[int]|None], # per scored image the classes that are right; None for images that do not count
     alpha:float
-)->float: # share of the images that count
+)->float: # fraction of the images that count
     "Top-1 accuracy where an image may have several right classes."
     top1 = scores.top1[:, scores.column(alpha)]
     return float(np.mean([int(guess) in right for guess, right in zip(top1, accepted) if right is not None]))
 
+# %% ../../nbs/4_training/40_metrics.ipynb #e2aee48a
 def choose_alpha(
     scores:Scores # of images that are not reported
-)->float:
+)->float: # 0..1
     "The alpha with the lowest NLL; among equals the one nearest to 0.5."
-    nll = [measure(scores, a)["nll"] for a in scores.alphas]
-    return float(min(zip(nll, np.abs(scores.alphas - 0.5), scores.alphas))[2])
+    def rank(alpha): return measure(scores, alpha)["nll"], abs(alpha - 0.5), alpha
+    return float(min(scores.alphas, key=rank))
 
 # %% ../../nbs/4_training/40_metrics.ipynb #9eb97a1e
 class Usage:
     "Adds up assignments over batches and processes."
     def __init__(self, num_objects:int):
-        self.soft, self.hard = torch.zeros(num_objects, dtype=torch.float64), torch.zeros(num_objects, dtype=torch.float64)
+        self.soft, self.hard = torch.zeros(2, num_objects, dtype=torch.float64)
         self.patch_entropy = torch.zeros((), dtype=torch.float64)
 
     def add(self,
         assignments:Tensor # [B,N,K]
     ):
+        "Count a batch."
         flat = assignments.detach().flatten(0, 1)
         self.soft += flat.sum(0).cpu()
         self.hard += flat.argmax(-1).bincount(minlength=flat.shape[1]).cpu()
         self.patch_entropy += entropy(flat).sum().cpu()
 
     def summary(self)->dict[str, float]:
-        "Entropies in nats; perplexities in objects (of the mean assignment, and of first choices); objects never chosen first."
+        "Entropies in nats; perplexities in objects, of the mean assignment and of first choices; objects never first."
         soft, hard, patch_entropy = (sum_over_ranks(x) for x in (self.soft, self.hard, self.patch_entropy))
         patches = hard.sum()
         mean, first = entropy(soft / patches), entropy(hard / patches)
-        return {"entropy": mean.item(), "patch_entropy": (patch_entropy / patches).item(), "perplexity": mean.exp().item(),
-                "hard_perplexity": first.exp().item(), "dead": int((hard == 0).sum())}
+        return {"entropy": mean.item(), "patch_entropy": (patch_entropy / patches).item(),
+                "perplexity": mean.exp().item(), "hard_perplexity": first.exp().item(), "dead": int((hard == 0).sum())}

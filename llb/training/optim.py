@@ -11,22 +11,28 @@ from bisect import bisect_right
 
 import torch
 from timm.optim import param_groups_weight_decay
-from torch import Tensor
+from torch import nn, Tensor
 
 from ..runs.config import OptimConfig
-from ..models.llb import LabelBranch
 
 # %% ../../nbs/4_training/43_optim.ipynb #8e7e55f2
+def _groups(module:nn.Module, config:OptimConfig, lr_scale:float)->list[dict]: # as optimizers take them
+    "Parameters without and with weight decay."
+    exempt = () if config.decay_all else ("cls_token",)
+    groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=exempt,
+                                        weight_decay_exclude_1d=not config.decay_all)
+    return [{**group, "lr_scale": lr_scale} for group in groups]
+
 def make_optimizer(
-    head:LabelBranch,        # what trains
+    branch:nn.Module,        # what trains: a head, perhaps with a `visual_head`
     config:OptimConfig
 )->torch.optim.Optimizer: # fused: one kernel for all tensors, on CPU and CUDA
-    "Adam, AdamW or SGD; Adam's decay is coupled to the gradient (L2), AdamW's is not. A visual head has its own learning rate."
-    visual = set(() if head.visual_head is None else head.visual_head.parameters())
-    groups = [{**g, "params": [p for p in g["params"] if (p in visual) == own], "lr_scale": config.visual_lr / config.lr if own else 1.0}
-              for own in ([False, True] if visual else [False])
-              for g in param_groups_weight_decay(head, config.weight_decay, weight_decay_exclude_1d=not config.decay_all,
-                                                 no_weight_decay_list=() if config.decay_all else ("cls_token",))]
+    "Adam (decay coupled to the gradient: L2), AdamW or SGD. A visual head has its own learning rate."
+    groups, visual = _groups(branch, config, 1.0), getattr(branch, "visual_head", None)
+    if visual is not None:
+        own = set(visual.parameters())
+        for group in groups: group["params"] = [p for p in group["params"] if p not in own]
+        groups += _groups(visual, config, config.visual_lr / config.lr)
     if config.opt == "SGD": return torch.optim.SGD(groups, config.lr, momentum=config.momentum, fused=True)
     return getattr(torch.optim, config.opt)(groups, config.lr, fused=True)
 
@@ -42,7 +48,7 @@ class CheckedUpdates:
         optimizer.found_inf, optimizer.grad_scale = self.refused, None
 
     def step(self,
-        norm:Tensor, # of the whole gradient
+        norm:Tensor, # of the whole gradient, a scalar
         about        # what to remember of this step
     ):
         "Change the parameters, unless this gradient or one before it is not finite. Waits for nothing."
@@ -52,8 +58,8 @@ class CheckedUpdates:
         self.taken += 1 - self.refused
         self.asked.append(about)
 
-    def first_refused(self):
-        "What is remembered of the first step that was not taken since the last time this was asked, or None. Waits for the device."
+    def first_refused(self): # what `step` was told about it; None when all were taken
+        "The first step that was not taken since this was last asked. Waits for the device."
         taken, asked = int(self.taken), self.asked
         self.asked = []
         self.taken.zero_()
@@ -63,10 +69,11 @@ class CheckedUpdates:
 def learning_rate(
     epoch:float,          # epochs done, with fractions
     config:OptimConfig
-)->float:
-    "The learning rate at a point of the run."
+)->float: # of the label branch
+    "The learning rate at a point of the run: linear warm-up, then the schedule."
     if epoch < config.warmup_epochs: return config.lr * (epoch + 1e-3) / (config.warmup_epochs + 1e-3)
-    done, drops = epoch - config.warmup_epochs, 0.0
+    done = epoch - config.warmup_epochs
+    drops = 0.0
     if config.lr_scheduler == "CosineAnnealingLR":
         span = config.t_max or max(config.epochs - config.warmup_epochs, 1e-9)
         return config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * done / span)) / 2

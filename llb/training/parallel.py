@@ -22,5 +22,6 @@ def compile_blocks(
     "Compile each block in place. Raises `InputError` when there is no compiler."
     compiler = os.environ.get("CXX", "g++" if shutil.which("g++") else "c++")
     if device.type == "cpu" and not shutil.which(compiler):
-        raise InputError(f"--compile needs a C++ compiler on a CPU, and {compiler!r} is not there; install one, or go without --compile.")
+        raise InputError(f"--compile needs a C++ compiler on a CPU, and {compiler!r} is not there; "
+                         "install one, or go without --compile.")
     for block in blocks: block.compile()
