@@ -303,7 +303,7 @@ def gallery_rows(
     rows = {name: exemplars(catalog.index, object_id, quantile, count) for name, quantile in QUANTILES.items()}
     if i is not None:
         names = catalog.class_of(i), "other classes", "anywhere"
-        rows |= {f"at random: {name}": elsewhere(catalog, object_id, i, where, count)
+        rows |= {f"random: {name}": elsewhere(catalog, object_id, i, where, count)
                  for name, where in zip(names, ELSEWHERE)}
     return {name: patches for name, patches in rows.items() if len(patches)}
 

@@ -133,7 +133,7 @@ def _figures(run:RunReader, catalog:Catalog)->dict[str, Markup]: # by the name t
 
 # %% ../../nbs/8_apps/86_report.ipynb #739437a0
 def write_report(run:RunReader)->Path: # report.html in the run folder
-    "Build the index where it is missing, and write the page. Raises `InputError` for a run without an LLB, or unfinished."
+    "Build the index where it is missing, and write the page. Raises `InputError` for a run that has no LLB or goes on."
     run.finished().load_model()
     catalog = Catalog(*effects_of_run(run), name=run.folder.name)
     numbers = {
