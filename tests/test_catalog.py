@@ -28,8 +28,8 @@ def test_names_from_anyone_stay_text(catalog):
     scored = dict(top1=.5, nll=1., brier=.5, ece=.1)
     metrics = {"visual": scored, "alpha": {"value": .5, "chosen": NASTY[0]}, "seen": {"scored": 9}}
     catalog.chosen = NASTY[0]
-    pages = (gallery_page(catalog, range(12), NASTY[0]), object_html(catalog, k, i, 0), object_html(catalog, k, i, None),
-             prediction_html(catalog, i, .5), results_html(metrics))
+    pages = (gallery_page(catalog, range(12), NASTY[0]), object_html(catalog, k, i, 0),
+             object_html(catalog, k, i, None), prediction_html(catalog, i, .5), results_html(metrics))
     for text in pages:
         assert "<img src=x" not in text and "&lt;img src=x" in text and "\0" not in text and "c" * 99 not in text
 
