@@ -11,6 +11,8 @@ ROOMS = ("core", "data", "models", "runs", "training", "analysis", "plots", "stu
 
 _HOME = {
     "load_backbone": "models.backbone",
+    "list_backbones": "models.backbone",
+    "HeadModel": "models.heads",
     "LLB": "models.llb",
     "LLBOutput": "models.llb",
     "LLBLoss": "models.loss",
@@ -35,7 +37,9 @@ if TYPE_CHECKING:   # what an editor reads; a test compares it with _HOME
     from .core.errors import InputError as InputError
     from .data.datasets import load_dataset as load_dataset
     from .data.splits import load_data as load_data
+    from .models.backbone import list_backbones as list_backbones
     from .models.backbone import load_backbone as load_backbone
+    from .models.heads import HeadModel as HeadModel
     from .models.llb import LLB as LLB
     from .models.llb import LLBOutput as LLBOutput
     from .models.loss import LLBLoss as LLBLoss

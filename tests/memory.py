@@ -2,9 +2,9 @@
 
     python memory.py FOLDER
 
-Prints a JSON object for the code as it is ("right"), and with a fault that keeps "arrays" or "tensors" of every image: for each
-size the most MB of Python objects (arrays of NumPy among them) meanwhile, and the most MB of this process that belong to no
-file, as seen from within the data set.
+Prints a JSON object for the code as it is ("right"), and with a fault that keeps "arrays" or "tensors" of every image:
+for each size the most MB of Python objects (arrays of NumPy among them) meanwhile, and the most MB of this process that
+belong to no file, as seen from within the data set.
 """
 import json
 import sys

@@ -50,7 +50,8 @@ class Tokens(Dataset):
         tokens = self.noise * torch.randn(self.backbone.num_prefix + H * W, self.backbone.dim, generator=generator)
         ids = torch.as_tensor(self.ids[i % len(self.ids)])
         tokens[self.backbone.num_prefix + torch.arange(H * W), ids] += 1
-        return {"index": i, "label": self.images.labels[i], "tokens": tokens, "visual_features": tokens[-1] * 0 + tokens.mean()}
+        visual = tokens[-1] * 0 + tokens.mean()
+        return {"index": i, "label": self.images.labels[i], "tokens": tokens, "visual_features": visual}
 
 
 class Second(nn.Module):
@@ -71,7 +72,8 @@ def model():
 
 def indexed(model, folder, ids, images, batch=5, noise=.15, **options):
     dataset = Tokens(images, ids, model.backbone, noise)
-    return build_index(model, make_loader(dataset, EvalBatches(len(images), batch)), folder, RUNTIME, **options), dataset
+    loader = make_loader(dataset, EvalBatches(len(images), batch))
+    return build_index(model, loader, folder, RUNTIME, **options), dataset
 
 
 RNG = np.random.default_rng(0)
@@ -83,7 +85,8 @@ def few(clipart): return clipart.take(range(0, 400, 10))   # 40, one for each ro
 
 
 @pytest.fixture(scope="module")
-def index(model, few, tmp_path_factory): return indexed(model, tmp_path_factory.mktemp("run") / "objects" / "val", IDS, few)[0]
+def index(model, few, tmp_path_factory):
+    return indexed(model, tmp_path_factory.mktemp("run") / "objects" / "val", IDS, few)[0]
 
 
 def test_counts_are_those_of_loops(index, few):
@@ -104,9 +107,9 @@ def test_pmi_adds_up_to_scikit_learns_mutual_information(index, few):
     assert np.isclose(np.nansum(support / support.sum() * pmi), mutual_info_score(labels, IDS.ravel()))
     lift, images = association(index, unit="images")
     k, c = 0, few.labels[0]
-    share = (IDS == k).any(1)
-    assert np.isclose(lift[c, k], share[np.array(few.labels) == c].mean() / share.mean()) and np.isnan(lift[0, K - 1])
-    assert images[c, k] == share[np.array(few.labels) == c].sum()
+    has = (IDS == k).any(1)
+    assert np.isclose(lift[c, k], has[np.array(few.labels) == c].mean() / has.mean()) and np.isnan(lift[0, K - 1])
+    assert images[c, k] == has[np.array(few.labels) == c].sum()
 
 
 def test_summary_and_table(index, few):
@@ -115,19 +118,22 @@ def test_summary_and_table(index, few):
     live = p[p > 0]
     assert np.isclose(summary["hard_perplexity"], np.exp(-(live * np.log(live)).sum()))
     assert summary["dead"] == 1 and summary["live"] == K - 1 and summary["patches"] == IDS.size
-    assert np.isclose(summary["information"], summary["entropy"] - summary["patch_entropy"]) and summary["information"] > 0
+    assert summary["information"] > 0
+    assert np.isclose(summary["information"], summary["entropy"] - summary["patch_entropy"])
     assert table["dead"].tolist() == [False] * 5 + [True] and np.isnan(table["class_entropy"][-1])
     assert np.array_equal(table["dense"], (np.stack([(IDS == k).any(1).mean() for k in range(K)]) > .5))
     counts = np.bincount(np.repeat(few.labels, H * W)[IDS.ravel() == 0], minlength=C)
-    share = counts[counts > 0] / counts.sum()
+    fraction = counts[counts > 0] / counts.sum()
     for k in range(K):
         inside = np.array([((IDS == k).sum(1) * (np.array(few.labels) == c)).sum() for c in range(C)])
         c = inside.argmax()
         images = ((IDS == k).any(1) & (np.array(few.labels) == c)).sum()
         assert table["label_specific"][k] == (2 * inside[c] > inside.sum() and images >= 5)
-    assert np.isclose(table["class_entropy"][0], -(share * np.log(share)).sum()) and table["top_class"][0] == counts.argmax()
+    assert np.isclose(table["class_entropy"][0], -(fraction * np.log(fraction)).sum())
+    assert table["top_class"][0] == counts.argmax()
     ids, lift, both = partners(index, 0, min_support=1)
-    assert 0 not in ids and K - 1 not in ids and (np.diff(lift) <= 0).all() and np.array_equal(both, index.together[0, ids])
+    assert 0 not in ids and K - 1 not in ids and (np.diff(lift) <= 0).all()
+    assert np.array_equal(both, index.together[0, ids])
 
 
 def test_galleries_are_capped_ranked_and_true(index):
@@ -136,7 +142,7 @@ def test_galleries_are_capped_ranked_and_true(index):
             found = exemplars(index, k, quantile, 6)
             assert (np.diff(found.score) <= 0).all() and np.unique(found.image, return_counts=True)[1].max() <= 2
             assert (IDS[found.image, found.patch] == k).all() or quantile is None
-        own = index.sample.of(k)   # fewer patches than places: the sample is everything, at most two an image
+        own = index.sample.of(k)   # fewer patches than it can hold: the sample is everything, at most two an image
         assert len(own) == np.minimum((IDS == k).sum(1), 2).sum()
         median = exemplars(index, k, .5, 1).score[0]
         assert abs(median - np.median(own.score)) <= np.ptp(own.score) * .1 + 1e-6
@@ -145,8 +151,10 @@ def test_galleries_are_capped_ranked_and_true(index):
 
 def test_what_is_read_back_is_what_was_written(index, few):
     again = open_index(index.folder)
-    for name in "patches", "mass", "together", "object_label": assert np.array_equal(getattr(again, name), getattr(index, name))
-    assert np.array_equal(again.top.score, index.top.score) and again.classes == few.classes and again.images.files == few.files
+    for name in "patches", "mass", "together", "object_label":
+        assert np.array_equal(getattr(again, name), getattr(index, name))
+    assert np.array_equal(again.top.score, index.top.score)
+    assert again.classes == few.classes and again.images.files == few.files
     assert again.image(3).shape == (16 * H, 16 * W, 3)
     with pytest.raises(InputError, match="cannot be decoded"): open_index(index.folder, root="/nowhere").image(0)
     with pytest.raises(InputError, match="no object index"): open_index(index.folder / "nothing")
@@ -155,7 +163,8 @@ def test_what_is_read_back_is_what_was_written(index, few):
 def test_any_batch_size_gives_the_same_index(model, index, tmp_path, few):
     other, _ = indexed(model, tmp_path / "val", IDS, few, batch=17)
     for name in "patches", "together", "class_images": assert np.array_equal(getattr(other, name), getattr(index, name))
-    for name in "mass", "patch_entropy", "object_visual", "class_label": assert np.allclose(getattr(other, name), getattr(index, name), atol=1e-3)
+    for name in "mass", "patch_entropy", "object_visual", "class_label":
+        assert np.allclose(getattr(other, name), getattr(index, name), atol=1e-3)
     for kind in "top", "sample":
         assert np.allclose(getattr(other, kind).score, getattr(index, kind).score, atol=1e-5)
     assert np.array_equal(other.sample.image, index.sample.image)
@@ -171,8 +180,9 @@ def test_cached_features_give_the_index_of_the_images(tmp_path, clipart):
     assert np.allclose(one.mass, two.mass, rtol=.02, atol=.05)   # bf16 tokens
 
 
-def test_registers_and_wide_grids_keep_their_places(tmp_path, few):
-    backbone = load_backbone("vit_small_patch14_reg4_dinov2", pretrained=False, image_size=(14 * H, 14 * W), num_classes=0)
+def test_registers_and_wide_grids_keep_their_patches(tmp_path, few):
+    backbone = load_backbone("vit_small_patch14_reg4_dinov2", pretrained=False, image_size=(14 * H, 14 * W),
+                             num_classes=0)
     model = LLB(backbone, num_objects=K, num_layers=2, target_layer=3, num_classes=C)
     model.branch.visual_block = Second()
     with torch.no_grad(): model.branch.objects.assigner.weight.copy_(torch.eye(K, backbone.dim))
@@ -180,7 +190,8 @@ def test_registers_and_wide_grids_keep_their_places(tmp_path, few):
     found, _ = indexed(model, tmp_path / "val", IDS, few)
     assert found.grid == (H, W) and np.array_equal(found.map(7)[0], IDS[7])
     images, patches = images_with(found, 4)
-    assert np.array_equal(np.sort(images), np.flatnonzero((IDS == 4).any(1))) and np.array_equal(patches, (IDS[images] == 4).sum(1))
+    assert np.array_equal(np.sort(images), np.flatnonzero((IDS == 4).any(1)))
+    assert np.array_equal(patches, (IDS[images] == 4).sum(1))
 
 
 def test_bad_input_is_named(model, tmp_path, few):
@@ -196,7 +207,8 @@ def test_bad_input_is_named(model, tmp_path, few):
 def test_branches(index, few):
     scores, cells = index_scores(index), branch_agreement(index)
     visual, label = (index.rows[f"{n}_logits"][:].argmax(1) == np.array(few.labels) for n in ("visual", "label"))
-    assert np.array_equal(cells["only_label"], np.flatnonzero(label & ~visual)) and sum(map(len, cells.values())) == len(index)
+    assert np.array_equal(cells["only_label"], np.flatnonzero(label & ~visual))
+    assert sum(map(len, cells.values())) == len(index)
     assert measure(scores, 1.)["top1"] == visual.mean() and measure(scores, 0.)["top1"] == label.mean()
 
 
@@ -205,10 +217,12 @@ def test_renamed_objects_are_matched(model, index, tmp_path, few):
     other = LLB(model.backbone, **model.settings)
     other.branch.visual_block = Second()
     state = model.branch.state_dict()
-    for name in "objects.assigner.weight", "objects.assigner.bias", "objects.embedding.weight": state[name] = state[name][order]
+    for name in "objects.assigner.weight", "objects.assigner.bias", "objects.embedding.weight":
+        state[name] = state[name][order]
     other.branch.load_state_dict(state)
     found = match_objects(index, indexed(other.eval(), tmp_path / "val", IDS, few)[0])
-    assert found.stability == 1 and (order[torch.from_numpy(found.second)].numpy() == found.first).all() and len(found.first) == K - 1
+    assert found.stability == 1 and len(found.first) == K - 1
+    assert (order[torch.from_numpy(found.second)].numpy() == found.first).all()
     elsewhere, _ = indexed(model, tmp_path / "few", IDS, few.take(range(5)))
     with pytest.raises(InputError, match="build both from the same"): match_objects(index, elsewhere)
 
@@ -260,20 +274,23 @@ def test_ablation_finds_the_planted_object_and_chance_does_not(planted):
 
 def test_effects_are_rows_beside_the_index(model, index, few):
     loader = lambda n: make_loader(Tokens(few.take(range(n)), IDS, model.backbone, .15), EvalBatches(n, 7))
-    with pytest.raises(InputError, match="images of the index"): build_effects(model, loader(20), index, RUNTIME, count=3)
+    with pytest.raises(InputError, match="images of the index"):
+        build_effects(model, loader(20), index, RUNTIME, count=3)
     effects = build_effects(model, loader(40), index, RUNTIME, count=3)
     effect, count, random = class_effects(index, effects)
     want = np.zeros((C, K))
     for i, y in enumerate(few.labels):
         for k, d in zip(effects["objects"][i], effects["effect"][i]): want[y, k] += d
-    assert np.allclose(np.nan_to_num(effect) * count, want, atol=1e-5) and count.sum() == 3 * 40 and np.isnan(effect[count == 0]).all()
+    assert np.allclose(np.nan_to_num(effect) * count, want, atol=1e-5)
+    assert count.sum() == 3 * 40 and np.isnan(effect[count == 0]).all()
     right = effects["predicted"][:] == np.array(few.labels)
     assert np.allclose(effects["predicted_effect"][right], effects["effect"][right]) and len(open_effects(index)) == 40
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):
     "Measured in a process of its own, and by a measure that does see an array or a tensor of 4 KB kept of every image."
-    done = subprocess.run([sys.executable, Path(__file__).with_name("memory.py"), tmp_path], capture_output=True, text=True)
+    program = Path(__file__).with_name("memory.py")
+    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     def growth(kind): # KB an image: of Python objects, of the whole process
@@ -299,7 +316,8 @@ def built(index): return (index.folder / "index.json").stat().st_mtime_ns
 def test_a_run_is_indexed_once_and_again_when_its_model_changes(run):
     index, effects = effects_of_run(str(run), "selection", "cpu", count=2)
     assert len(index) == len(effects) == 6 and index.folder == run / "objects/selection"
-    assert built(index_run(run, "selection", "cpu")) == built(index) and len(effects_of_run(run, "selection", "cpu", 2).effects) == 6
+    assert built(index_run(run, "selection", "cpu")) == built(index)
+    assert len(effects_of_run(run, "selection", "cpu", 2).effects) == 6
     model = LLB.from_pretrained(run / "model")
     with torch.no_grad(): model.branch.objects.embedding.weight.add_(1)
     model.save_pretrained(run / "model")
@@ -311,9 +329,10 @@ def test_a_run_is_indexed_once_and_again_when_its_model_changes(run):
 
 def test_a_damaged_index_and_one_of_touched_images_are_built_again(run):
     index, _ = effects_of_run(run, "val", "cpu", count=2)
-    for path in index.rows.columns["first"].path, index.folder / "objects.safetensors", open_effects(index).columns["effect"].path:
+    damaged = [store.columns[name].path for store, name in ((index.rows, "first"), (open_effects(index), "effect"))]
+    for path in *damaged, index.folder / "objects.safetensors":
         with open(path, "r+b") as file: file.truncate(9)
-        if "effect" not in path.name:
+        if path.name != "effect.bin":
             with pytest.raises(InputError, match="build it again"): open_index(index.folder)
         index, effects = effects_of_run(run, "val", "cpu", count=2)
         assert effects["effect"].shape == (len(index), 2)
@@ -336,5 +355,6 @@ def test_the_demos_index_takes_two_minutes_on_two_cores(tmp_path, clipart):
     backbone = load_backbone("focus_vit_small_patch14", image_size=154)
     model, few = LLB(backbone, num_objects=128, num_layers=3, target_layer=9, num_classes=C), clipart.take(range(96))
     began = time.process_time()
-    build_index(model, make_loader(ImageDataset(few, backbone.transform()), EvalBatches(96, 32)), tmp_path / "val", RUNTIME)
+    loader = make_loader(ImageDataset(few, backbone.transform()), EvalBatches(96, 32))
+    build_index(model, loader, tmp_path / "val", RUNTIME)
     assert (time.process_time() - began) / 96 * 2046 / 2 < 120

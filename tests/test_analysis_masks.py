@@ -1,11 +1,12 @@
-"""Agreement with masks against brute force and scikit-learn; attention, scenes and matching where notebooks are too small."""
+"""Agreement with masks against brute force and scikit-learn; attention, scenes and matching on larger cases."""
 import itertools
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import (adjusted_mutual_info_score, adjusted_rand_score, completeness_score, homogeneity_score, mutual_info_score)
+from sklearn.metrics import (adjusted_mutual_info_score, adjusted_rand_score, completeness_score, homogeneity_score,
+                             mutual_info_score)
 
 from llb.analysis.attention import attention_maps, class_attention, over_objects, rollout
 from llb.analysis.build import forward_with_tokens
@@ -23,6 +24,7 @@ from llb.models.llb import LabelBranch
 RNG = np.random.default_rng(3)
 REGIONS = RNG.integers(-1, 4, (20, 30))
 CODES = np.where(RNG.random((20, 30)) < .6, np.maximum(REGIONS, 0), RNG.integers(0, 7, (20, 30)))
+NONE = np.zeros((2, 3), int)   # images without a foreground region
 
 
 @pytest.fixture
@@ -77,8 +79,9 @@ def test_patches_take_the_region_that_covers_them(size, grid, rng):
 
 @pytest.mark.parametrize("call,words", [
     (lambda: contingency([1, 2], [1]), "one of each per patch"), (lambda: contingency([-1], [0]), "left out"),
-    (lambda: pnmi(REGIONS[:1], CODES[:1]), "at least two"), (lambda: foreground_ari(np.zeros((2, 3), int), np.zeros((2, 3), int)), "two foreground"),
-    (lambda: best_overlap(np.zeros((2, 3), int), np.zeros((2, 3), int)), "foreground region"), (lambda: masks_on_patches(-np.ones((1, 4, 4)), (2, 2)), "from 0")])
+    (lambda: pnmi(REGIONS[:1], CODES[:1]), "at least two"), (lambda: foreground_ari(NONE, NONE), "two foreground"),
+    (lambda: best_overlap(NONE, NONE), "foreground region"),
+    (lambda: masks_on_patches(-np.ones((1, 4, 4)), (2, 2)), "from 0")])
 def test_bad_masks_are_named(call, words):
     with pytest.raises(InputError, match=words): call()
 
@@ -88,7 +91,9 @@ def test_rollout_is_a_product_of_matrices():
     branch = LabelBranch(dim=16, num_heads=2, num_classes=3, num_objects=5, num_layers=4)
     features = BackboneOutput(torch.randn(3, 4 + 6, 16), grid=(2, 3), num_prefix=4)   # registers before the patches
     maps = attention_maps(branch, features)
-    assert maps.shape == (3, 3, 2, 7, 7) and branch.label_blocks[0].attn.fused_attn == LabelBranch(16, 2, 3, 5, 2).label_blocks[0].attn.fused_attn
+    fresh = LabelBranch(16, 2, 3, 5, 2)
+    assert maps.shape == (3, 3, 2, 7, 7)
+    assert branch.label_blocks[0].attn.fused_attn == fresh.label_blocks[0].attn.fused_attn   # as it was
     for b in range(3):
         total = torch.eye(7)
         for layer in range(3): total = (maps[b, layer].mean(0) + torch.eye(7)) / 2 @ total
@@ -103,7 +108,8 @@ def test_no_hook_stays_after_an_error():
     class Broken:
         branch = LabelBranch(dim=16, num_heads=2, num_classes=3, num_objects=5, num_layers=2)
         def features(self, images): raise RuntimeError("no")
-    with pytest.raises(RuntimeError): forward_with_tokens(Broken(), {"image": torch.zeros(1)}, Runtime(torch.device("cpu")))
+    with pytest.raises(RuntimeError):
+        forward_with_tokens(Broken(), {"image": torch.zeros(1)}, Runtime(torch.device("cpu")))
     assert not Broken.branch.norm._forward_hooks
 
 

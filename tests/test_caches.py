@@ -22,7 +22,7 @@ from llb.core.distributed import Runtime
 from llb.core.errors import InputError
 from llb.core.files import atomic
 from llb.data.augment import RandAugment
-from llb.data.batches import ImageDataset
+from llb.data.batches import EvalBatches, ImageDataset, make_loader
 from llb.data.image_cache import all_images, build_images, StoredImages
 from llb.data.images import scan_folder
 from llb.data.preprocessing import Geometry, Preprocessing
@@ -233,6 +233,17 @@ def test_a_split_finds_its_rows(jpegs, tmp_path):
     store = build_images(images, SQUARE, tmp_path / "store")
     split = pickle.loads(pickle.dumps(StoredImages(images.take([7, 2]), store)))   # as a spawned worker gets it
     assert np.array_equal(split[0, 0]["image"], store.get(7)) and np.array_equal(split[0, 1]["image"], store.get(2))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_a_sentence(workers, images, tmp_path):
+    "Also from a loader worker."
+    some = scan_folder(images)
+    store = build_images(some, SQUARE, tmp_path)
+    change(store.arrays.folder / "image.bin", 0, lambda b: bytes([b[0] ^ 255]) + b[1:])
+    loader = make_loader(StoredImages(some, store), EvalBatches(len(some), 4), workers)
+    words = r"^Row 0 of the image cache \(--cache_images\) in .* made anew\.$"
+    with pytest.raises(InputError, match=words): list(loader)
 
 
 def test_splits_of_any_seed_share_a_cache(images):

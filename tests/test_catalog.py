@@ -1,5 +1,6 @@
 """Questions to an index, their answers as figures and HTML: right numbers, and names from anyone that stay text."""
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import NASTY
 
+import llb.apps.html
 from llb.analysis.catalog import Album, Catalog, cell_images, elsewhere, find_objects, Notes, objects_of
 from llb.analysis.index import open_effects
 from llb.apps.cards import gallery_page, object_html, prediction_html
@@ -17,7 +19,8 @@ from llb.core.errors import InputError
 
 @pytest.fixture
 def catalog(nasty_index):
-    return Catalog(nasty_index, open_effects(nasty_index), Notes(names={k: NASTY[k % 4] for k in range(12)}), name=NASTY[0])
+    notes = Notes(names={k: NASTY[k % 4] for k in range(12)})
+    return Catalog(nasty_index, open_effects(nasty_index), notes, name=NASTY[0])
 
 
 def test_names_from_anyone_stay_text(catalog):
@@ -25,9 +28,17 @@ def test_names_from_anyone_stay_text(catalog):
     scored = dict(top1=.5, nll=1., brier=.5, ece=.1)
     metrics = {"visual": scored, "alpha": {"value": .5, "chosen": NASTY[0]}, "seen": {"scored": 9}}
     catalog.chosen = NASTY[0]
-    for text in (gallery_page(catalog, range(12), NASTY[0]), object_html(catalog, k, i, 0), object_html(catalog, k, i, None),
-                 prediction_html(catalog, i, .5), results_html(metrics)):
+    pages = (gallery_page(catalog, range(12), NASTY[0]), object_html(catalog, k, i, 0),
+             object_html(catalog, k, i, None), prediction_html(catalog, i, .5), results_html(metrics))
+    for text in pages:
         assert "<img src=x" not in text and "&lt;img src=x" in text and "\0" not in text and "c" * 99 not in text
+
+
+def test_no_template_lets_text_through_unescaped():
+    "What is HTML already comes as `Markup`; a template that trusts a value would trust a name."
+    templates = list((Path(llb.apps.html.__file__).parent / "templates").glob("*.html"))
+    assert len(templates) > 5
+    for path in templates: assert not re.search(r"\|\s*safe\b|autoescape", path.read_text()), path.name
 
 
 def test_names_from_anyone_are_drawn_as_written(catalog, tmp_path):

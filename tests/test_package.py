@@ -188,7 +188,7 @@ def test_wheel(tmp_path):
                           env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "site/llb/__init__.py")   # not the checkout
-    done = subprocess.run([sys.executable, "-c", "from llb.runs.config import parse_command; print(parse_command(['--recipe', 'demo']).cache)"],
+    done = subprocess.run([sys.executable, "-c", "from llb.runs.config import parse_command; print(parse_command(['--recipe', 'demo']).data.cache)"],
                           capture_output=True, text=True, timeout=60, cwd=tmp_path / "site", env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
     assert done.stdout.strip() == "True", done.stderr
 

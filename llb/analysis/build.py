@@ -151,6 +151,8 @@ def build_index(
 )->ObjectIndex:
     """Run the model over every image once.
     Raises `InputError` for images out of order, logits that are not finite, and a full disk."""
+    if "num_objects" not in model.settings:
+        raise InputError("The model has no latent objects, so there is nothing to index.")
     model.eval()
     folder, images, K = Path(folder), loader.dataset.images, model.settings["num_objects"]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -204,8 +206,9 @@ def _images_of(run:RunReader, split:str)->ImageList:
     for name in names:
         known, now = run.about.get("splits", {}).get(name), getattr(data, name)
         if known and known["fingerprint"] != now.fingerprint():
-            raise InputError(f"The {name} images are not those of the run in {str(run.folder)!r}: it had {known['images']} "
-                             f"with fingerprint {known['fingerprint']}, now there are {len(now)} with {now.fingerprint()}. "
+            raise InputError(f"The {name} images are not those of the run in {str(run.folder)!r}: "
+                             f"it had {known['images']} with fingerprint {known['fingerprint']}, "
+                             f"now there are {len(now)} with {now.fingerprint()}. "
                              "Bring the run's images back; for other images use build_index().")
     return _joined(data, names)
 

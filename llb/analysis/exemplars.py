@@ -73,8 +73,8 @@ class _LowestKeys:
         touched = np.unique(owner[enters])                                       # 1 4
         owner = np.concatenate([np.repeat(touched, self.size), owner[enters]])   # 1 1 4 4 1 4
         table = {"key": key, "score": score, "image": image, "patch": patch}
-        def with_kept(name:str)->np.ndarray: return np.concatenate([getattr(self, name)[touched].ravel(), table[name][enters]])
-        table = {name: with_kept(name) for name in table}
+        kept = {name: getattr(self, name)[touched].ravel() for name in table}
+        table = {name: np.concatenate([kept[name], new[enters]]) for name, new in table.items()}
         order = np.lexsort((table["key"], owner))                                # objects 1 1 1 4 4 4, keys 3 5 8 1 2 6
         rank = rank_in_group(owner[order])                                       #         0 1 2 0 1 2
         order, rank = order[rank < self.size], rank[rank < self.size]            # without the 8 and the 6

@@ -55,7 +55,8 @@ def object_table(
     fraction = by_class.max(0)
     images_of_top = index.class_images[top, np.arange(K)]
     class_entropy = np.where(dead, np.nan, _entropy(np.nan_to_num(by_class.T)))
-    return {"patches": index.patches, "images": index.image_counts, "mean_probability": index.mass / index.patches.sum(),
+    return {"patches": index.patches, "images": index.image_counts,
+            "mean_probability": index.mass / index.patches.sum(),
             "patch_entropy": patch_entropy, "class_entropy": class_entropy,
             "top_class": top, "top_class_fraction": fraction, "dead": dead, "dense": _dense(index),
             "label_specific": (fraction > SPECIFIC) & (images_of_top >= SUPPORT)}

@@ -206,7 +206,7 @@ def open_store(
                          "or do without it.") from e
     store = ArrayStore(folder)
     if resized or (folder / "damaged").exists():
-        if count := store.repair(): print_main(f"Note: {count} damaged rows of the {what} in {folder} are made anew.")
+        if count := store.repair(): print_main(f"Note: damaged rows of the {what} in {folder}, made anew: {count}.")
         (folder / "damaged").unlink(missing_ok=True)
     return store
 
@@ -224,7 +224,7 @@ def build_store(
     store = ArrayStore(folder)
     if not len(missing): return store
     megabytes = store.size / 1e6
-    print_main(f"Building the {store.what}: {len(missing)} of {len(store)} rows, {megabytes:.0f} MB in {folder}.")
+    print_main(f"Building the {store.what}: {len(missing)} of {len(store)} rows, {megabytes:.1f} MB in {folder}.")
     starts = np.unique(missing // batch_size)[rank()::world_size()] * batch_size
     with raise_everywhere():
         fill(store, [range(start, min(start + batch_size, len(store))) for start in map(int, starts)])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Runtime', 'pick_device', 'start_runtime', 'world_size', 'rank', 'barrier', 'sum_over_ranks', 'any_rank',
            'gather_objects', 'raise_everywhere', 'run_on_main', 'main_first', 'StopFlag', 'agree_on_stop', 'restarted',
-           'fresh_store', 'end_with_parent']
+           'end_with_parent']
 
 # %% ../../nbs/0_core/01_distributed.ipynb #92f39f37
 import os, signal, threading, time, uuid
@@ -65,7 +65,7 @@ def _join_group(device:torch.device, timeout_s:float):
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        store = fresh_store(store, rank, size)
+        store = _fresh_store(store, rank, size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except dist.DistError as e:
         size, me = _environment("WORLD_SIZE", 1), _environment("RANK", 0)
@@ -203,7 +203,7 @@ def _find_prefix(store:dist.Store, rank:int, me:str, retry_s:float)->str: # wher
             if time.monotonic() > until: raise
         else: return prefix
 
-def fresh_store(
+def _fresh_store(
     store:dist.Store, # shared by all processes, perhaps with ended ones
     rank:int,
     size:int,         # processes

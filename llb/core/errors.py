@@ -13,7 +13,14 @@ from functools import wraps
 # %% ../../nbs/0_core/00_errors.ipynb #123cfdce
 class InputError(Exception): # no ValueError: parsers of command lines catch those and hide the sentence
     "What the user gave cannot be used; the message says what was wrong and what to do."
+    def __init__(self,
+        message:str # a sentence; from a loader worker its whole traceback, which ends in the sentence
+    ):
+        lines = message.strip().splitlines()
+        if lines and lines[0].startswith("Caught "): message = lines[-1].partition(": ")[2]
+        super().__init__(message)
 
+# %% ../../nbs/0_core/00_errors.ipynb #42d93ec1
 def command(
     main:Callable # main(argv), the body of a command
 )->Callable:

@@ -20,8 +20,6 @@ from ..core.errors import InputError
 # %% ../../nbs/1_data/10_images.ipynb #8d84e36c
 class UnreadableImage(InputError):
     "An image that cannot be decoded; the message names the file."
-    def __init__(self, message:str): # of a loader worker its whole traceback, which ends in the sentence
-        super().__init__(message.strip().splitlines()[-1].split("UnreadableImage: ")[-1])
 
 def decode(path:Path)->Image.Image: # RGB
     "Read an image file. Raises `UnreadableImage` when that is impossible or it is larger than Pillow's limit."

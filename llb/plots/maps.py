@@ -363,6 +363,7 @@ def plot_mask(
     ax.set_xlabel(f"{len(np.unique(mask))} regions, 0 is background", **TEXT)
     return ax
 
+# %% ../../nbs/6_plots/61_maps.ipynb #3dbcdf66
 def plot_mask_comparison(
     image,                # [H,W,3], 0..1
     mask,                 # [H,W] whole numbers, 0 for the background

@@ -157,19 +157,20 @@ class OptimConfig(ConfigPart):
         most = self.batch_size
         self.require(lambda x: x <= most, f"a batch of {most} has no more images", "micro_batches")
         self.require(lambda x: all(m > 0 for m in x), "its epochs must be above 0", "milestones")
-        self.check_schedule()
+        _check_schedule(self)
 
-    def check_schedule(self):
-        "Refuse options of another optimizer or schedule."
-        chosen = self.lr_scheduler
-        _require(chosen != "MultiStepLR" or self.milestones, "milestones", (), "MultiStepLR needs at least one epoch")
-        self.without_effect(self.opt != "SGD", "only --opt SGD has it", "momentum")
-        for name, schedules in _SCHEDULES.items():
-            self.without_effect(chosen not in schedules, f"it belongs to --lr_scheduler {' or '.join(schedules)}", name)
-
+# %% ../../nbs/3_runs/31_config.ipynb #35ee0e97
 _COSINE, _STEP, _MULTI_STEP, _EXPONENTIAL = "CosineAnnealingLR", "StepLR", "MultiStepLR", "ExponentialLR"
 _SCHEDULES = {"lr_min": [_COSINE], "t_max": [_COSINE], "step_size": [_STEP], "milestones": [_MULTI_STEP],
               "gamma": [_STEP, _MULTI_STEP, _EXPONENTIAL]}
+
+def _check_schedule(optim:OptimConfig):
+    "Refuse options of another optimizer or schedule."
+    chosen = optim.lr_scheduler
+    _require(chosen != "MultiStepLR" or optim.milestones, "milestones", (), "MultiStepLR needs at least one epoch")
+    optim.without_effect(optim.opt != "SGD", "only --opt SGD has it", "momentum")
+    for name, schedules in _SCHEDULES.items():
+        optim.without_effect(chosen not in schedules, f"it belongs to --lr_scheduler {' or '.join(schedules)}", name)
 
 # %% ../../nbs/3_runs/31_config.ipynb #08d861ad
 @dataclass(kw_only=True)
@@ -234,6 +235,11 @@ _NEED_FROZEN = {  # options that do not go with --objective visual, and why
     "eval": "a backbone by itself is scored when it is trained",
     "nv_weights": "label-focused layers are trained afterwards"}
 
+def _check_objective(values:dict):
+    for name, why in _NEED_FROZEN.items():
+        if values[name]: raise InputError(f"--{name} does not go with --objective visual: {why}.")
+
+# %% ../../nbs/3_runs/31_config.ipynb #cc20c644
 @dataclass(kw_only=True)
 class Config:
     "Everything that describes a run, by owner. Raises `InputError` for values that cannot work."
@@ -244,10 +250,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
-        if self.visual.objective == "llb": return
-        values = self.to_dict()
-        for name, why in _NEED_FROZEN.items():
-            if values[name]: raise InputError(f"--{name} does not go with --objective visual: {why}.")
+        if self.visual.objective == "visual": _check_objective(self.to_dict())
 
     @property
     def run_folder(self)->Path:

@@ -93,6 +93,7 @@ def class_top1(
     "Top-1 accuracy of each class by name."
     return {images.classes[c]: accuracy for c, accuracy in class_accuracy(scores, alpha).items()}
 
+# %% ../../nbs/4_training/42_evaluate.ipynb #42179d30
 def reported_weights(
     scores:Scores,
     alpha:float    # of the fused prediction

@@ -213,24 +213,8 @@ class _Trained:
     def make_step(self)->TrainStep: return self.step_type(self.model, self.config, self.runtime, self.loss)
 
 # %% ../../nbs/4_training/46_trainer.ipynb #739beca6
-class _Prepared(_Trained):
-    "How a run is prepared, saved and restored."
-    def prepare(self):
-        "Open the run folder, compute or open caches, and go to where the run was left."
-        self.began = time.monotonic()
-        self.writer = RunWriter(self.config.run_folder, self.config, self.runtime)
-        saved = self.writer.restore()
-        if saved: self.global_batch = saved["global_batch"]
-        self.train_step = self.make_step()
-        self.inputs = self.inputs_type(self.model, self.data, self.config, self.runtime)
-        self.batches = self.inputs.train_batches(self.global_batch)
-        self.train_loader = self.inputs.loader("train", self.batches)
-        self.about_data = run_on_main(lambda: describe_data(self.data))
-        if saved: self.restore(saved)
-        self.writer.describe(self.model, self.about_data, self.global_batch)
-        self.writer.write("resume" if saved else "start", self.state.step, per_epoch=self.batches.per_epoch,
-                          epochs=self.config.optim.epochs)
-
+class _Saved(_Trained):
+    "How a run is saved and restored."
     def save(self):
         "Write a checkpoint of this step; every process takes part."
         about = self.about_data
@@ -257,6 +241,25 @@ class _Prepared(_Trained):
         self.saved_step = self.state.step
         print_main(f"Resuming at step {self.state.step} (epoch {self.state.step / self.batches.per_epoch:.2f}).")
 
+# %% ../../nbs/4_training/46_trainer.ipynb #96f58b39
+class _Prepared(_Saved):
+    "How a run begins."
+    def prepare(self):
+        "Open the run folder, compute or open caches, and go to where the run was left."
+        self.began = time.monotonic()
+        self.writer = RunWriter(self.config.run_folder, self.config, self.runtime)
+        saved = self.writer.restore()
+        if saved: self.global_batch = saved["global_batch"]
+        self.train_step = self.make_step()
+        self.inputs = self.inputs_type(self.model, self.data, self.config, self.runtime)
+        self.batches = self.inputs.train_batches(self.global_batch)
+        self.train_loader = self.inputs.loader("train", self.batches)
+        self.about_data = run_on_main(lambda: describe_data(self.data))
+        if saved: self.restore(saved)
+        self.writer.describe(self.model, self.about_data, self.global_batch)
+        self.writer.write("resume" if saved else "start", self.state.step, per_epoch=self.batches.per_epoch,
+                          epochs=self.config.optim.epochs)
+
 # %% ../../nbs/4_training/46_trainer.ipynb #0185e122
 PROBE = 5   # steps that are timed before an ETA is given
 
@@ -272,6 +275,7 @@ class EpochTimer:
         images = (step - self.first) * batch_size
         return {"seconds": seconds, "images_per_s": images / seconds, "data_wait": self.waited / seconds}
 
+# %% ../../nbs/4_training/46_trainer.ipynb #81b3c66b
 class _Stepping(_Prepared):
     "The loop over steps."
     def train_epoch(self):
@@ -375,23 +379,9 @@ class _Validating(_Logging):
                    f"selection top-1: {top1} (alpha {values['alpha']:g})  {speed['seconds']:.0f} s, "
                    f"{speed['images_per_s']:.0f} images/s, {speed['data_wait']:.0%} waiting for data")
 
-# %% ../../nbs/4_training/46_trainer.ipynb #2ca96b5e
-class Trainer(_Validating):
-    "Trains a head on a frozen backbone as a configuration says, and reports."
-    def fit(self)->dict: # what metrics.json holds; {} when the run was stopped
-        "Train, choose, report. A run that is stopped, or meets bad input, keeps what it has learned so far."
-        self.prepare()
-        with StopFlag(self.writer.folder / "stop") as self.stop:
-            try:
-                while len(self.state.history) < self.config.optim.epochs and not self.stopped: self.train_epoch()
-                metrics = {} if self.stopped else self.report()
-                if self.stopped: self.finish("stopped", by=self.stopped)
-                else: self.finish("done")
-            except (InputError, FloatingPointError) as e:
-                self.finish("failed", error=str(e))
-                raise
-        return metrics
-
+# %% ../../nbs/4_training/46_trainer.ipynb #e4ddd67a
+class _Reporting(_Validating):
+    "The end of a run that was not stopped."
     def report(self)->dict:
         "Take the best epoch, score the validation split once, write the numbers, predictions and the model."
         state, model = self.state, self.model
@@ -413,6 +403,23 @@ class Trainer(_Validating):
         if self.config.model.alpha is not None: return "was given"
         count = len(self.data.selection)
         return f"was chosen by NLL on the selection split ({count} images cut from the training data)"
+
+# %% ../../nbs/4_training/46_trainer.ipynb #2ca96b5e
+class Trainer(_Reporting):
+    "Trains a head on a frozen backbone as a configuration says, and reports."
+    def fit(self)->dict: # what metrics.json holds; {} when the run was stopped
+        "Train, choose, report. A run that is stopped, or meets bad input, keeps what it has learned so far."
+        self.prepare()
+        with StopFlag(self.writer.folder / "stop") as self.stop:
+            try:
+                while len(self.state.history) < self.config.optim.epochs and not self.stopped: self.train_epoch()
+                metrics = {} if self.stopped else self.report()
+                if self.stopped: self.finish("stopped", by=self.stopped)
+                else: self.finish("done")
+            except (InputError, FloatingPointError) as e:
+                self.finish("failed", error=str(e))
+                raise
+        return metrics
 
     def finish(self, reason:str, **why):
         "Save where the run stands, as far as that is possible, and write its last event."
