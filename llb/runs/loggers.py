@@ -12,18 +12,15 @@ from importlib import import_module
 from pathlib import Path
 
 from ..core.errors import InputError
+from ..core.files import flat
 
 # %% ../../nbs/3_runs/34_loggers.ipynb #cd2215b5
 def numbers(
-    event:dict,    # nested
-    prefix:str=""
+    event:dict     # nested
 )->dict[str, float]: # "selection/fused/top1": ...
     "The numbers in an event, named by their path."
-    found = {}
-    for name, value in event.items():
-        if isinstance(value, dict): found.update(numbers(value, f"{prefix}{name}/"))
-        elif isinstance(value, (int, float)) and not isinstance(value, bool): found[prefix + name] = float(value)
-    return found
+    return {name: float(value) for name, value in flat(event, "/").items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)}
 
 def _imported(module:str, package:str):
     "An optional package. Raises `InputError` with what to install."
