@@ -98,27 +98,8 @@ def test_watch_stop_and_resume_by_button(lab):
     stop_by_button(lab)
 
 
-@pytest.mark.parametrize("end", ["restart", "kill"])
-def test_attach_after_the_kernel_has_ended(lab, end):
-    run = start_in_notebook(lab)
-    write_notebook(lab.folder / "b.ipynb", "from llb.apps.monitor import RunMonitor\nRunMonitor('runs/kept')")
-    (kernel,) = lab.kernels()
-    if end == "kill": os.kill(kernel, signal.SIGKILL)
-    else:
-        lab.command("kernelmenu:restart")
-        lab.page.get_by_role("button", name="Confirm Kernel Restart").click()
-    until(lambda: kernel not in lab.kernels(), "the kernel to be another")
-    step = run.progress().step
-    lab.open("b.ipynb")
-    lab.run_all()
-    wait_until_running(lab)
-    assert run.progress().step > step
-    lab.shot("attached")
-    stop_by_button(lab)
-    assert not run.processes()
-
-
-def test_interrupting_the_kernel_leaves_the_run_alone(lab):
+def test_a_run_survives_what_happens_to_its_notebook(lab):
+    "A cell is interrupted, then the kernel restarted; another notebook attaches to the run."
     run = start_in_notebook(lab, "import time\nprint('busy' + 'now')\ntime.sleep(600)")
     lab.see("busynow")
     lab.command("notebook:interrupt-kernel")
@@ -127,7 +108,19 @@ def test_interrupting_the_kernel_leaves_the_run_alone(lab):
     until(lambda: run.progress().step > step + 2, "the run to go on")
     wait_until_it_moves(lab)
     assert run.state.name == "running" and len(run.processes()) >= 3
+    (kernel,) = lab.kernels()
+    lab.command("kernelmenu:restart")
+    lab.page.get_by_role("button", name="Confirm Kernel Restart").click()
+    until(lambda: kernel not in lab.kernels(), "the kernel to be another")
+    step = run.progress().step
+    write_notebook(lab.folder / "b.ipynb", "from llb.apps.monitor import RunMonitor\nRunMonitor('runs/kept')")
+    lab.open("b.ipynb")
+    lab.run_all()
+    wait_until_running(lab)
+    assert run.progress().step > step
+    lab.shot("attached")
     stop_by_button(lab)
+    assert not run.processes()
 
 
 @pytest.mark.parametrize("lab", ["full"], indirect=True)
