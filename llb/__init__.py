@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.2.0.dev0"
 
-ROOMS = ("core", "data", "models", "runs", "training", "analysis", "plots", "study", "apps")  # each imports from its left
+# each imports from its left
+ROOMS = ("core", "data", "models", "runs", "training", "analysis", "plots", "study", "apps")
 
 _HOME = {
     "load_backbone": "models.backbone",

@@ -13,7 +13,8 @@ import pytest
 import llb
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(".".join(p.relative_to(ROOT / "llb").with_suffix("").parts) for p in (ROOT / "llb").rglob("*.py") if not p.stem.startswith("_"))
+FILES = [p.relative_to(ROOT / "llb") for p in (ROOT / "llb").rglob("*.py") if not p.stem.startswith("_")]
+MODULES = sorted(".".join(p.with_suffix("").parts) for p in FILES)
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("[0-9][0-9]_*.ipynb"))
 
 
@@ -26,7 +27,7 @@ def python(code, **kwargs):
 
 def test_import_is_quiet_and_small():
     done = python("import sys, threading; import llb, json\n"
-                  "heavy = [m for m in ('torch', 'nbdev', 'fastcore', 'ipywidgets', 'IPython', 'matplotlib') if m in sys.modules]\n"
+                  "heavy = {'torch', 'nbdev', 'fastcore', 'ipywidgets', 'IPython', 'matplotlib'} & set(sys.modules)\n"
                   "assert not heavy, heavy\nassert threading.active_count() == 1\nassert dir(llb) and llb.__version__")
     assert done.stdout == done.stderr == ""
 
@@ -35,7 +36,7 @@ IMPORT_ALL = """
 import importlib, os, socket, subprocess, sys, threading
 import matplotlib.font_manager, timm, torch, torchvision   # what these do at import is not ours
 def refuse(*_, **__): raise AssertionError("an import must not do this")
-for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo"), (subprocess, "Popen"), (os, "fork"), (os, "system")): setattr(owner, name, refuse)
+socket.socket.connect = socket.getaddrinfo = subprocess.Popen = os.fork = os.system = refuse
 for name in ("nbdev", "fastcore", "execnb"): sys.modules[name] = None   # importing it raises
 for name in sys.argv[1:]:
     module = importlib.import_module("llb." + name)
@@ -74,7 +75,8 @@ def test_all_modules_import_without_the_tools_that_write_them():
 
 
 def test_training_needs_no_notebook():
-    python("import sys, llb.cli, llb.train; found = [m for m in ('ipywidgets', 'jupyter_client', 'matplotlib.pyplot') if m in sys.modules]; assert not found, found")
+    python("import sys, llb.cli, llb.train\n"
+           "found = {'ipywidgets', 'jupyter_client', 'matplotlib.pyplot'} & set(sys.modules)\nassert not found, found")
 
 
 @pytest.mark.parametrize("name", llb.__all__)
@@ -100,8 +102,8 @@ def places():
     found = {}
     for notebook in NOTEBOOKS:
         sources = ("".join(c["source"]) for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"])
-        names = [line.split()[-1] for source in sources for line in source.splitlines() if line.startswith("#| default_exp")]
-        for name in names:
+        lines = (line for source in sources for line in source.splitlines())
+        for name in [line.split()[-1] for line in lines if line.startswith("#| default_exp")]:
             room, _, module = name.rpartition(".")
             folder = f"{llb.ROOMS.index(room)}_{room}" if room else "nbs"
             assert notebook.parent.name == folder and notebook.stem[3:] == module, f"{notebook} is no place for {name}"
@@ -113,7 +115,8 @@ def imported(module):
     "The modules of this package that a module imports."
     package = ("llb." + module).split(".")[:-1]
     for node in ast.walk(ast.parse((ROOT / "llb" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import): yield from (a.name.removeprefix("llb.") for a in node.names if a.name.startswith("llb."))
+        if isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("llb.") for a in node.names if a.name.startswith("llb."))
         if not isinstance(node, ast.ImportFrom): continue
         base = package[:len(package) - node.level + 1] if node.level else []
         name = ".".join([*base, *(node.module or "").split(".")]).strip(".")
@@ -129,11 +132,11 @@ def test_each_module_has_a_notebook_in_its_room():
 
 
 def test_a_room_imports_from_rooms_to_its_left():
-    at, wrong = places(), []
+    at, wrong, core, plots = places(), [], llb.ROOMS.index("core"), llb.ROOMS.index("plots")
     for module in MODULES:
         for used in imported(module):
             if at[used] >= at[module]: wrong.append(f"{module} imports {used}, which stands to its right")
-            if at[module][0] == llb.ROOMS.index("plots") and at[used][0] not in (llb.ROOMS.index("plots"), llb.ROOMS.index("core")):
+            if at[module][0] == plots and at[used][0] not in (core, plots):
                 wrong.append(f"{module} imports {used}: plots take arrays and use core alone")
     assert not wrong, wrong
 
@@ -168,8 +171,8 @@ def test_wheel(tmp_path):
     for name in "llb", "pyproject.toml", "README.md", "LICENSE":   # a copy, for building leaves files behind
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    made = subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, tmp_path],
-                          capture_output=True, text=True, timeout=120)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, tmp_path]
+    made = subprocess.run(build, capture_output=True, text=True, timeout=300)
     if made.returncode and ("No matching distribution" in made.stderr or "connection" in made.stderr.lower()):
         pytest.skip("the build tools cannot be fetched: no package index")
     assert made.returncode == 0, made.stderr
@@ -181,16 +184,33 @@ def test_wheel(tmp_path):
     assert all(n.startswith(("llb/", "llb_workbench-")) for n in names)
     metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
-    assert not any(tool in line for line in required for tool in ("nbdev", "fastcore", "jupyterlab", "pytest", "playwright"))
+    tools = "nbdev", "fastcore", "jupyterlab", "pytest", "playwright"
+    assert not any(tool in line for line in required for tool in tools)
     assert any(line.startswith("Requires-Dist: torch>=2.10") for line in required)
     wheel.extractall(tmp_path / "site")
-    done = subprocess.run([sys.executable, "-c", IMPORT_ALL, *MODULES], capture_output=True, text=True, timeout=120, cwd=tmp_path / "site",
-                          env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
+    there = dict(capture_output=True, text=True, timeout=120, cwd=tmp_path / "site",
+                 env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL, *MODULES], **there)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "site/llb/__init__.py")   # not the checkout
-    done = subprocess.run([sys.executable, "-c", "from llb.runs.config import parse_command; print(parse_command(['--recipe', 'demo']).data.cache)"],
-                          capture_output=True, text=True, timeout=60, cwd=tmp_path / "site", env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
+    recipe = "from llb.runs.config import parse_command; print(parse_command(['--recipe', 'demo']).data.cache)"
+    done = subprocess.run([sys.executable, "-c", recipe], **there)
     assert done.stdout.strip() == "True", done.stderr
+
+
+def exported_lines(cell):
+    "The lines that a cell exports."
+    lines = "".join(cell["source"]).splitlines()
+    if cell["cell_type"] != "code" or not lines or not lines[0].startswith("#| export"): return []
+    return [line for line in lines if line.strip() and not line.startswith("#|")]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_exported_cells_fit_on_a_screen(notebook):
+    "At most 40 lines of 120 characters; ruff leaves out what is exported, for nbdev writes longer lists of names."
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    assert not [c["id"] for c in cells if len(exported_lines(c)) > 40]
+    assert not [line for c in cells for line in exported_lines(c) if len(line) > 120]
 
 
 def outputs(notebook):

@@ -1,4 +1,4 @@
-"""The README does what it says: its blocks of code run, with a small random backbone where a model hub would be asked."""
+"""The README's blocks of code run, with a small random backbone where a model hub would be asked."""
 import re
 from pathlib import Path
 

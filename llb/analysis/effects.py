@@ -177,7 +177,8 @@ def attribution(
     mean:Tensor,        # [D], see `mean_embedding`
     points:int=16       # on the way, at which the gradient is taken
 )->Tensor: # [B,K]; adds up to the target's logit minus that of an image of mean patches
-    "Integrated gradient of the target's logit, times what each object adds ([Sundararajan et al., 2017](https://arxiv.org/abs/1703.01365))."
+    """Integrated gradient of the target's logit, times what each object adds
+    ([Sundararajan et al., 2017](https://arxiv.org/abs/1703.01365))."""
     E = _embeddings(branch)
     a = assignments.detach().to(E.dtype)
     z, gradient = a @ E, 0

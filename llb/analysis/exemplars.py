@@ -109,7 +109,8 @@ def random_keys(
     image:np.ndarray, # any shape
     patch:np.ndarray  # the same
 )->np.ndarray: # uint64, evenly spread
-    "A random number for each patch: the mixing function of splitmix64 ([Steele et al., 2014](https://doi.org/10.1145/2660193.2660195))."
+    """A random number for each patch: the mixing function of splitmix64
+    ([Steele et al., 2014](https://doi.org/10.1145/2660193.2660195))."""
     with np.errstate(over="ignore"):
         x = image.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         x = x + patch.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)

@@ -69,7 +69,8 @@ def information(
 def purity(
     table:np.ndarray # [R,K] counts
 )->float: # 0..1
-    "Fraction of patches whose code's commonest region is theirs ([Manning et al., 2008](https://nlp.stanford.edu/IR-book/))."
+    """Fraction of patches whose code's commonest region is theirs
+    ([Manning et al., 2008](https://nlp.stanford.edu/IR-book/))."""
     return float(table.max(0).sum() / table.sum())
 
 # %% ../../nbs/5_analysis/55_masks.ipynb #533722a5
@@ -139,7 +140,8 @@ def miou_many_to_one(
 def miou_hungarian(
     regions, codes # [S,N]
 )->float: # 0..1, mean over the categories that occur; those without a code count 0
-    "The best one-to-one pairing of categories and codes over all images ([Ji et al., 2019](https://arxiv.org/abs/1807.06653))."
+    """The best one-to-one pairing of categories and codes over all images
+    ([Ji et al., 2019](https://arxiv.org/abs/1807.06653))."""
     overlap = iou(contingency(regions, codes))
     overlap = overlap[overlap.sum(1) > 0]
     return float(overlap[linear_sum_assignment(overlap, maximize=True)].sum() / len(overlap))
@@ -165,7 +167,8 @@ def best_overlap(
 def foreground_ari(
     regions, codes # [S,N]
 )->float: # about 0..1, mean over images with at least two foreground regions
-    """Adjusted Rand index on foreground patches, image by image ([Greff et al., 2019](https://arxiv.org/abs/1903.00450)).
+    """Adjusted Rand index on foreground patches, image by image
+    ([Greff et al., 2019](https://arxiv.org/abs/1903.00450)).
     Raises `InputError` when no image has two foreground regions."""
     pairs = [(r[r > 0], c[r > 0]) for r, c in zip(np.asarray(regions), np.asarray(codes))]
     each = [adjusted_rand_score(r, c) for r, c in pairs if len(np.unique(r)) > 1]

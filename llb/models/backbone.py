@@ -115,8 +115,8 @@ class _SizedBackbone(Described, FrozenWeights):
             raise InputError(f"target_layer is {layer}, but {self.name} has blocks 1 to {self.depth}.")
         if images is not None and tuple(images.shape[-2:]) != self.image_size:
             raise InputError(f"Images are {images.shape[-2]} x {images.shape[-1]} pixels, but {self.name} was loaded "
-                             f"for {self.image_size[0]} x {self.image_size[1]}: use backbone.transform(), or load it with "
-                             "image_size=.")
+                             f"for {self.image_size[0]} x {self.image_size[1]}: use backbone.transform(), "
+                             "or load it with image_size=.")
 
     def transform(self, train:bool=False)->Callable: # PIL image -> [3,H,W]
         "The preprocessing this backbone expects; see `Preprocessing.transform`."

