@@ -1,13 +1,14 @@
 """Step time, images/s, peak memory and input speed, each against a plain version, measured side by side in one run.
 
-    python benchmarks/bench.py                      # the table (`make bench`); --device cuda on a GPU (`make bench-gpu`)
-    python benchmarks/bench.py --sweep              # how a step grows with K, L, N and batch
-    python benchmarks/bench.py --ddp                # one process, two processes, and two that exchange nothing
-    python benchmarks/bench.py --show FILE          # the tables of a result that was kept
+    python benchmarks/bench.py                # the table (`make bench`); --device cuda on a GPU (`make bench-gpu`)
+    python benchmarks/bench.py --sweep        # how a step grows with K, L, N and batch
+    python benchmarks/bench.py --ddp          # one process, two processes, and two that exchange nothing
+    python benchmarks/bench.py --show FILE    # the tables of a result that was kept
 
-Each variant lives in a process of its own, so that its peak memory is its own; the processes take turns, one measurement each, and wait while another one
-works. A ratio is formed within a round, between neighbours in time; median and quartiles over the rounds are shown. Where a machine has other work, wall
-time tells of that too: CPU seconds are kept beside it.
+Each variant lives in a process of its own, so that its peak memory is its own; the processes take turns, one
+measurement each, and wait while another one works. A ratio is formed within a round, between neighbours in time; median
+and quartiles over the rounds are shown. Where a machine has other work, wall time tells of that too: CPU seconds are
+kept beside it.
 """
 import argparse
 import json
@@ -23,8 +24,10 @@ from statistics import median, quantiles
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-MODEL = dict(backbone="vit_base_patch16_224", random_backbone=True, num_objects=2048, num_layers=6, target_layer=11, opt="Adam", clip_grad=None)
+MODEL = dict(backbone="vit_base_patch16_224", random_backbone=True, num_objects=2048, num_layers=6, target_layer=11,
+             opt="Adam", clip_grad=None)
 CLASSES = 1000
+MEAN, STD = (.485, .456, .406), (.229, .224, .225)
 STEPS = {   # the variants of a training step: options of llb's configuration, and of the measurement
     "plain": dict(),
     "eager": dict(config={}),
@@ -39,7 +42,8 @@ STEPS = {   # the variants of a training step: options of llb's configuration, a
 INPUTS = {   # the variants of the input; each gives [3,224,224]
     "plain": "the release's choice of operations on each image, one after another",
     "oracle": "the plain path of `llb`: the same, with random numbers that depend on nothing but seed, epoch and image",
-    "files": "what a run does without a store: the same pixels, augmented as planes of bytes, which the device normalises",
+    "files": "what a run does without a store: the same pixels, augmented as planes of bytes, "
+             "which the device normalises",
     "store, normalised here": "images from the pixel store, augmented, and made float32 on this core",
     "store": "the same, left as bytes: the device normalises them (what a loader worker does)",
 }
@@ -52,6 +56,12 @@ def served(measure):
     "Answer each line of standard input with one measurement."
     print("ready", flush=True)
     for line in sys.stdin: print(json.dumps(measure(json.loads(line))), flush=True)
+
+
+def elapsed(began, cpu, count):
+    "Seconds and CPU seconds since the two clocks were read, for each of `count` things."
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+    return {"seconds": seconds / count, "cpu_seconds": cpu_seconds / count}
 
 
 def peak_mb(device):
@@ -72,19 +82,22 @@ def make_step(name, device, batch=8, image=224, objects=2048, layers=6, backbone
     torch.manual_seed(0)
     place, variant = pick_device(device), STEPS[name]
     images, labels = torch.randn(batch, 3, image, image, device=place), torch.arange(batch, device=place) % CLASSES
-    config = Config.of(**{**MODEL, "backbone": backbone, "num_objects": objects, "num_layers": layers, "image_size": image, "batch_size": batch, **variant.get("config", {})})
+    sizes = {"num_objects": objects, "num_layers": layers, "image_size": image, "batch_size": batch}
+    config = Config.of(**{**MODEL, "backbone": backbone, **sizes, **variant.get("config", {})})
     gflops = config_cost(config.model, CLASSES).train
     if "config" not in variant:
         from plain import PlainLLB, plain_step
         model = PlainLLB(image=image, objects=objects, layers=layers).to(place)
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], config.optim.lr, weight_decay=config.optim.weight_decay)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(trained, config.optim.lr, weight_decay=config.optim.weight_decay)
         return lambda: plain_step(model, optimizer, images, labels, amp=place.type == "cuda"), gflops
     model = make_model(config.model, make_backbone(config.model, CLASSES), CLASSES).to(place).train()
     step = TrainStep(model, config, Runtime(place, amp=config.run.amp))
     data = {"image": images, "label": labels, "index": torch.arange(batch)}
     if variant.get("cached"):
         features = model.features(images)
-        data = {"tokens": features.tokens.bfloat16(), "visual_logits": torch.zeros(batch, CLASSES, device=place), **{k: data[k] for k in ("label", "index")}}
+        del data["image"]
+        data |= {"tokens": features.tokens.bfloat16(), "visual_logits": torch.zeros(batch, CLASSES, device=place)}
         model.backbone.vit.cpu()
     run = lambda: step(data, 0, 0.0)
     run.step = step
@@ -104,21 +117,27 @@ def step_worker(name, device, **size):
         began, cpu = time.perf_counter(), time.process_time()
         for _ in range(request["steps"]): step()
         wait()
-        return {"seconds": (time.perf_counter() - began) / request["steps"], "cpu_seconds": (time.process_time() - cpu) / request["steps"],
-                "peak_mb": peak_mb(device), "before_mb": before, "gflops": gflops}
+        took = elapsed(began, cpu, request["steps"])
+        return {**took, "peak_mb": peak_mb(device), "before_mb": before, "gflops": gflops}
     served(measure)
 
 
 def make_jpegs(folder, count, side=512):
-    "Images with the spectrum of photographs (amplitude 1/f); at quality 90 about 170 kB each, as many bytes a pixel as ImageNet's have."
+    """Images with the spectrum of photographs (amplitude 1/f).
+
+    At quality 90 they take about 170 kB each, as many bytes a pixel as ImageNet's have.
+    """
     import numpy as np
     from PIL import Image
-    rng, f = np.random.default_rng(0), np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.rfftfreq(side), indexing="ij"))
+    rng = np.random.default_rng(0)
+    f = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.rfftfreq(side), indexing="ij"))
     f[0, 0] = 1
     for i in range(count):
         target = folder / f"c{i % 2}"
         target.mkdir(parents=True, exist_ok=True)
-        noise = np.fft.irfft2(rng.normal(size=(3, *f.shape)) * np.exp(2j * np.pi * rng.random((3, *f.shape))) / f, s=(side, side))
+        amplitude = rng.normal(size=(3, *f.shape))
+        phase = np.exp(2j * np.pi * rng.random((3, *f.shape)))
+        noise = np.fft.irfft2(amplitude * phase / f, s=(side, side))
         mixed = noise.mean(0) * 1.5 + noise * .5
         scaled = (mixed / mixed.std() * 55 + 120).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
         Image.fromarray(scaled).save(target / f"{i:05}.jpg", quality=90)
@@ -128,7 +147,7 @@ def make_jpegs(folder, count, side=512):
 def plain_transform():
     "What a first program writes: the release's choice of operations, one after another, on each image."
     from torchvision import transforms as t
-    return t.Compose([t.Resize(256), t.CenterCrop(224), t.RandAugment(3, 9), t.ToTensor(), t.Normalize((.485, .456, .406), (.229, .224, .225))])
+    return t.Compose([t.Resize(256), t.CenterCrop(224), t.RandAugment(3, 9), t.ToTensor(), t.Normalize(MEAN, STD)])
 
 
 def make_dataset(name, folder):
@@ -137,7 +156,7 @@ def make_dataset(name, folder):
     from llb.data.preprocessing import Preprocessing
     from llb.data.batches import ImageDataset; from llb.data.images import scan_folder
     from llb.data.preprocessing import Geometry; from llb.data.image_cache import StoredImages, build_images
-    images, geometry = scan_folder(folder), Preprocessing((224, 224), (.485, .456, .406), (.229, .224, .225), "bilinear", 224 / 256)
+    images, geometry = scan_folder(folder), Preprocessing((224, 224), MEAN, STD, "bilinear", 224 / 256)
     if name == "plain": return PlainImages(images, plain_transform())
     if name == "oracle": return ImageDataset(images, geometry.transform(train=True))
     if not name.startswith("store"): return StoredImages(images, Geometry(geometry), RandAugment())
@@ -153,8 +172,10 @@ class PlainImages:
 
     def __getitem__(self, key):
         from PIL import Image
-        with Image.open(self.images.root / self.images.files[key[1]]) as opened: image = self.transform(opened.convert("RGB"))
-        return {"index": key[1], "label": self.images.labels[key[1]], "image": image}
+        index = key[1]
+        path = self.images.root / self.images.files[index]
+        with Image.open(path) as opened: image = self.transform(opened.convert("RGB"))
+        return {"index": index, "label": self.images.labels[index], "image": image}
 
 
 class Repeated:
@@ -171,7 +192,7 @@ def input_worker(name, folder):
     torch.set_num_threads(1)
     from llb.data.preprocessing import Preprocessing
     dataset, done = make_dataset(name, Path(folder)), 0
-    n, normalise = len(dataset), Preprocessing((224, 224), (.485, .456, .406), (.229, .224, .225)).normalise
+    n, normalise = len(dataset), Preprocessing((224, 224), MEAN, STD).normalise
     def load(i):
         image = dataset[divmod(i, n)]["image"]
         return normalise(image) if "normalised" in name else image
@@ -181,7 +202,7 @@ def input_worker(name, folder):
         began, cpu = time.perf_counter(), time.process_time()
         for i in range(request["images"]): load(done + i)
         done += request["images"]
-        return {"seconds": (time.perf_counter() - began) / request["images"], "cpu_seconds": (time.process_time() - cpu) / request["images"]}
+        return elapsed(began, cpu, request["images"])
     served(measure)
 
 
@@ -194,7 +215,8 @@ def loop_worker(name, folder, device):
     step = make_step("bf16+compiled" if cuda else "eager", device, batch=batch)[0].step
     dataset = make_dataset(name, Path(folder))
     def measure(request):
-        loader = make_loader(Repeated(dataset, batch * request["steps"]), TrainBatches(batch * request["steps"], batch, 0), cores, pin_memory=cuda)
+        length = batch * request["steps"]
+        loader = make_loader(Repeated(dataset, length), TrainBatches(length, batch, 0), cores, pin_memory=cuda)
         waited, batches = 0., iter(loader)
         step(next(batches), 0, 0.)   # the workers have started
         if cuda: torch.cuda.synchronize()
@@ -206,7 +228,9 @@ def loop_worker(name, folder, device):
             step(data, number, 0.)
         if cuda: torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-        return {"seconds": seconds / (request["steps"] - 1) / batch, "cpu_seconds": time.process_time(), "data_wait": waited / seconds, "loader_workers": cores}
+        per_image = seconds / (request["steps"] - 1) / batch
+        return {"seconds": per_image, "cpu_seconds": time.process_time(), "data_wait": waited / seconds,
+                "loader_workers": cores}
     served(measure)
 
 
@@ -215,7 +239,8 @@ def loop_worker(name, folder, device):
 class Worker:
     "One variant in its process."
     def __init__(self, *words, env=()):
-        self.process = subprocess.Popen([sys.executable, __file__, *map(str, words)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        command = [sys.executable, __file__, *map(str, words)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                         env={**os.environ, **dict(env)})
         while (line := self.process.stdout.readline().strip()) != "ready":
             if not line and self.process.poll() is not None: raise SystemExit(f"the worker {words} ended")
@@ -249,14 +274,17 @@ def summary(found, base, per=1):
     "Seconds, images/s and the ratio to a base, by variant."
     rows = {}
     for name, values in found.items():
-        rows[name] = {"seconds": spread([v["seconds"] for v in values]), "cpu_seconds": spread([v["cpu_seconds"] for v in values]), "images_per_s": per / median(v["seconds"] for v in values),
-                      "speed_ratio": spread([b["seconds"] / v["seconds"] for b, v in zip(found[base], values)]),
-                      "cpu_speed_ratio": spread([b["cpu_seconds"] / v["cpu_seconds"] for b, v in zip(found[base], values)])}
+        ratios = lambda key, values=values: spread([b[key] / v[key] for b, v in zip(found[base], values)])
+        seconds = spread([v["seconds"] for v in values])
+        cpu_seconds = spread([v["cpu_seconds"] for v in values])
+        rows[name] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "images_per_s": per / seconds["median"],
+                      "speed_ratio": ratios("seconds"), "cpu_speed_ratio": ratios("cpu_seconds")}
         if "peak_mb" in values[0]:
             peak = max(v["peak_mb"] for v in values)
             base_peak, before = max(v["peak_mb"] for v in found[base]), values[0]["before_mb"]
-            rows[name] |= {"peak_mb": peak, "memory_ratio": peak / base_peak, "before_mb": before, "gflops_per_image": values[0]["gflops"],
-                           "own_memory_ratio": (peak - before) / (base_peak - found[base][0]["before_mb"])}
+            own_ratio = (peak - before) / (base_peak - found[base][0]["before_mb"])
+            rows[name] |= {"peak_mb": peak, "memory_ratio": peak / base_peak, "before_mb": before,
+                           "gflops_per_image": values[0]["gflops"], "own_memory_ratio": own_ratio}
     return rows
 
 
@@ -283,11 +311,21 @@ def machine(device):
     field = lambda key: next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith(key)), "")
     flags = set(field("flags").split())
     git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True, cwd=HERE).stdout.strip()
-    return {"cpu": field("model name") or platform.processor(), "cores": os.cpu_count(), "instructions": sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni"}),
-            "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu", "threads": torch.get_num_threads(),
-            "load_before": os.getloadavg(), "matmul_gflops_per_s": matmul_rates(device), "python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "timm": timm.__version__, "pillow": pillow, "commit": git("rev-parse", "HEAD"),
-            "changed_since_commit": bool(git("status", "--porcelain", "llb")), "time": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+    return {"cpu": field("model name") or platform.processor(),
+            "cores": os.cpu_count(),
+            "instructions": sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni"}),
+            "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+            "threads": torch.get_num_threads(),
+            "load_before": os.getloadavg(),
+            "matmul_gflops_per_s": matmul_rates(device),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+            "pillow": pillow,
+            "commit": git("rev-parse", "HEAD"),
+            "changed_since_commit": bool(git("status", "--porcelain", "llb")),
+            "time": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
 
 
 # What is measured
@@ -305,7 +343,8 @@ def bench_steps(args):
 
 def bench_input(args, folder):
     "The table of input pipelines, on one core each."
-    workers = {n: Worker("--input", n, "--folder", folder, env={"OMP_NUM_THREADS": "1", "LLB_CACHE": str(folder / "cache")}.items()) for n in INPUTS}
+    env = {"OMP_NUM_THREADS": "1", "LLB_CACHE": str(folder / "cache")}
+    workers = {n: Worker("--input", n, "--folder", folder, env=env.items()) for n in INPUTS}
     return summary(interleave(workers, args.rounds, images=32), "plain")
 
 
@@ -320,9 +359,12 @@ def ddp_rank(args):
     with start_runtime(args.device) as runtime:
         torch.manual_seed(0)
         config = Config.of(**{**MODEL, "batch_size": 4})
-        step = TrainStep(make_model(config.model, make_backbone(config.model, CLASSES), CLASSES).to(runtime.device).train(), config, runtime)
-        batch = {"image": torch.randn(4, 3, 224, 224, device=runtime.device), "label": torch.arange(4, device=runtime.device), "index": torch.arange(4)}
-        gradient, exchange = torch.zeros(sum(p.numel() for p in step.model.branch.parameters()), device=runtime.device), step.exchange
+        model = make_model(config.model, make_backbone(config.model, CLASSES), CLASSES).to(runtime.device).train()
+        step = TrainStep(model, config, runtime)
+        images, labels = torch.randn(4, 3, 224, 224, device=runtime.device), torch.arange(4, device=runtime.device)
+        batch = {"image": images, "label": labels, "index": torch.arange(4)}
+        gradient = torch.zeros(sum(p.numel() for p in step.model.branch.parameters()), device=runtime.device)
+        exchange = step.exchange
         alone = lambda last: step.branch.no_sync() if runtime.world_size > 1 else nullcontext()
         found = {"exchanging": [], "not exchanging": [], "exchange alone": []}
         for i in range(args.rounds + 1):
@@ -334,17 +376,21 @@ def ddp_rank(args):
                 elif runtime.world_size > 1: dist.all_reduce(gradient)
                 if runtime.device.type == "cuda": torch.cuda.synchronize()
                 if i: found[name].append(time.perf_counter() - began)
-        if runtime.is_main: print("RESULT " + json.dumps({"processes": runtime.world_size, "gradient_mb": gradient.nbytes / 1e6, **{k: spread(v) for k, v in found.items()}}))
+        result = {"processes": runtime.world_size, "gradient_mb": gradient.nbytes / 1e6}
+        result |= {k: spread(v) for k, v in found.items()}
+        if runtime.is_main: print("RESULT " + json.dumps(result))
 
 
 def bench_ddp(args):
     "Steps of 4 images a process, one thread each: with one process and with two."
     rows = []
     for n in 1, 2:
-        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", __file__, "--ddp-rank", "--device", args.device, "--rounds", args.rounds]
-        done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+        command = [*launch, __file__, "--ddp-rank", "--device", args.device, "--rounds", str(args.rounds)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode: raise SystemExit(done.stderr)
-        rows.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT ")))
+        result = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+        rows.append(json.loads(result.removeprefix("RESULT ")))
     return rows
 
 
@@ -353,7 +399,11 @@ def bench_loop(args, folder):
     names = ["plain", "files", "store"]
     workers = {n: Worker("--loop", n, "--folder", folder, "--device", args.device) for n in names}
     found = interleave(workers, min(3, args.rounds), steps=40 if args.device.startswith("cuda") else 4)
-    return {n: {**summary({n: v}, n)[n], "data_wait": spread([x["data_wait"] for x in v]), "loader_workers": v[0]["loader_workers"]} for n, v in found.items()}
+    rows = {}
+    for n, values in found.items():
+        waits = spread([v["data_wait"] for v in values])
+        rows[n] = {**summary({n: values}, n)[n], "data_wait": waits, "loader_workers": values[0]["loader_workers"]}
+    return rows
 
 
 SWEEP = {"objects": [512, 2048, 8192, 32768], "layers": [2, 6, 10], "image": [160, 224, 320], "batch": [2, 8, 16]}
@@ -364,7 +414,8 @@ def bench_sweep(args):
     for size, value in [(size, value) for size, values in SWEEP.items() for value in values]:
         key = tuple(sorted({**{k: v[-2] for k, v in SWEEP.items()}, "objects": 2048, size: value}.items()))
         if key not in found:
-            worker = Worker("--step", "eager", "--device", args.device, "--backbone", "vit_small_patch16_224", f"--{size}", value)
+            worker = Worker("--step", "eager", "--device", args.device, "--backbone", "vit_small_patch16_224",
+                            f"--{size}", value)
             found[key] = interleave({"eager": worker}, args.rounds, steps=10 if args.device.startswith("cuda") else 1)
         rows[f"{size} {value}"] = summary(found[key], "eager", per=value if size == "batch" else 8)["eager"]
     return rows
@@ -375,34 +426,51 @@ def bench_sweep(args):
 def cell(s, form="{:.2f}"): return f"{form.format(s['median'])} ({form.format(s['low'])}-{form.format(s['high'])})"
 
 
+def table(heads, rows):
+    "Markdown: a line of headings, and a line of cells for each row."
+    line = lambda cells: "|" + "".join(f" {c} |" if c else " |" for c in cells)
+    return "\n".join([line(heads), "|" + "---|" * len(heads), *map(line, rows)])
+
+
 def step_table(rows, peak=None):
     "Markdown."
-    lines = ["| training step | s a step | images/s | times plain | times plain, CPU seconds | peak MB | share of plain | without imports |" + (" MFU |" if peak else ""),
-             "|---|---|---|---|---|---|---|---|" + ("---|" if peak else "")]
-    for name, r in rows.items():
-        mfu = f" {r['gflops_per_image'] * 1e9 * r['images_per_s'] / peak:.1%} |" if peak else ""
-        lines.append(f"| {name} | {cell(r['seconds'])} | {r['images_per_s']:.2f} | {cell(r['speed_ratio'])} | {cell(r['cpu_speed_ratio'])} | "
-                     f"{r['peak_mb']:.0f} | {r['memory_ratio']:.2f} | {r['own_memory_ratio']:.2f} |{mfu}")
-    return "\n".join(lines)
+    heads = ["training step", "s a step", "images/s", "times plain", "times plain, CPU seconds", "peak MB",
+             "share of plain", "without imports"]
+    def cells(name, r):
+        speed = [cell(r["seconds"]), f"{r['images_per_s']:.2f}", cell(r["speed_ratio"]), cell(r["cpu_speed_ratio"])]
+        memory = [f"{r['peak_mb']:.0f}", f"{r['memory_ratio']:.2f}", f"{r['own_memory_ratio']:.2f}"]
+        mfu = [f"{r['gflops_per_image'] * 1e9 * r['images_per_s'] / peak:.1%}"] if peak else []
+        return [name, *speed, *memory, *mfu]
+    return table(heads + (["MFU"] if peak else []), [cells(n, r) for n, r in rows.items()])
 
 
 def input_table(rows):
     "Markdown."
-    return "\n".join(["| input, one core | ms of CPU an image | images/s and core | times plain, CPU seconds | times plain, wall |", "|---|---|---|---|---|",
-                      *(f"| {n} | {r['cpu_seconds']['median'] * 1e3:.2f} | {1 / r['cpu_seconds']['median']:.0f} | {cell(r['cpu_speed_ratio'], '{:.1f}')} | "
-                        f"{cell(r['speed_ratio'], '{:.1f}')} |" for n, r in rows.items())])
+    heads = ["input, one core", "ms of CPU an image", "images/s and core", "times plain, CPU seconds",
+             "times plain, wall"]
+    def cells(name, r):
+        cpu = r["cpu_seconds"]["median"]
+        ratios = [cell(r["cpu_speed_ratio"], "{:.1f}"), cell(r["speed_ratio"], "{:.1f}")]
+        return [name, f"{cpu * 1e3:.2f}", f"{1 / cpu:.0f}", *ratios]
+    return table(heads, [cells(n, r) for n, r in rows.items()])
 
 
 def loop_table(rows):
     "Markdown."
-    return "\n".join(["| training from | images/s | waiting for data | loader workers |", "|---|---|---|---|",
-                      *(f"| {n} | {1 / r['seconds']['median']:.1f} | {cell(r['data_wait'], '{:.1%}')} | {r['loader_workers']} |" for n, r in rows.items())])
+    heads = ["training from", "images/s", "waiting for data", "loader workers"]
+    def cells(name, r):
+        speed = f"{1 / r['seconds']['median']:.1f}"
+        return [name, speed, cell(r["data_wait"], "{:.1%}"), str(r["loader_workers"])]
+    return table(heads, [cells(n, r) for n, r in rows.items()])
 
 
 def sweep_table(rows):
     "Markdown."
-    return "\n".join(["| | GFLOPs an image | CPU seconds a step | MB above imports |", "|---|---|---|---|",
-                      *(f"| {n} | {r['gflops_per_image']:.1f} | {cell(r['cpu_seconds'])} | {r['peak_mb'] - r['before_mb']:.0f} |" for n, r in rows.items())])
+    heads = ["", "GFLOPs an image", "CPU seconds a step", "MB above imports"]
+    def cells(name, r):
+        memory = f"{r['peak_mb'] - r['before_mb']:.0f}"
+        return [name, f"{r['gflops_per_image']:.1f}", cell(r["cpu_seconds"]), memory]
+    return table(heads, [cells(n, r) for n, r in rows.items()])
 
 
 def show(result):
@@ -410,11 +478,13 @@ def show(result):
     m = result["machine"]
     peak = next((v for k, v in PEAK_BF16.items() if k in m["device"]), None)
     rates = ", ".join(f"{k} {v:.0f}" for k, v in m["matmul_gflops_per_s"].items())
-    print(f"{m['cpu']}, {m['cores']} cores, {m['device']}; load {m['load_before'][0]:.1f} before; matmul GFLOP/s: {rates}; torch {m['torch']}; commit {m['commit'][:8]}; {m['time']}\n")
+    place = f"{m['cpu']}, {m['cores']} cores, {m['device']}; load {m['load_before'][0]:.1f} before"
+    print(f"{place}; matmul GFLOP/s: {rates}; torch {m['torch']}; commit {m['commit'][:8]}; {m['time']}\n")
     if "steps" in result: print(step_table(result["steps"], peak), "\n")
     if "input" in result: print(input_table(result["input"]), "\n")
     if "loop" in result: print(loop_table(result["loop"]), "\n")
-    for row in result.get("ddp", []): print(", ".join(f"{k} {cell(v) if isinstance(v, dict) else v}" for k, v in row.items()))
+    for row in result.get("ddp", []):
+        print(", ".join(f"{k} {cell(v) if isinstance(v, dict) else v}" for k, v in row.items()))
     if "sweep" in result: print(sweep_table(result["sweep"]))
 
 
@@ -422,16 +492,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="variants of the step, with semicolons between them; the first is the base")
+    parser.add_argument("--only", default="",
+                        help="variants of the step, with semicolons between them; the first is the base")
     parser.add_argument("--out", type=Path, help="where the result is kept as JSON")
     parser.add_argument("--show", type=Path)
-    for part in "sweep", "ddp", "ddp-rank", "no-steps", "no-input", "no-loop": parser.add_argument(f"--{part}", action="store_true")
-    for role in "step", "input", "loop", "folder": parser.add_argument(f"--{role}", help=argparse.SUPPRESS)
+    for part in "sweep", "ddp", "ddp-rank", "no-steps", "no-input", "no-loop":
+        parser.add_argument(f"--{part}", action="store_true")
+    for role in "step", "input", "loop", "folder":
+        parser.add_argument(f"--{role}", help=argparse.SUPPRESS)
     parser.add_argument("--backbone", help=argparse.SUPPRESS)
-    for size in "batch", "image", "objects", "layers": parser.add_argument(f"--{size}", type=int, help=argparse.SUPPRESS)
+    for size in "batch", "image", "objects", "layers":
+        parser.add_argument(f"--{size}", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.show: return show(json.loads(args.show.read_text()))
-    if args.step: return step_worker(args.step, args.device, **{k: v for k, v in vars(args).items() if k in ("batch", "image", "objects", "layers", "backbone") and v})
+    size_names = "batch", "image", "objects", "layers", "backbone"
+    sizes = {k: v for k, v in vars(args).items() if k in size_names and v}
+    if args.step: return step_worker(args.step, args.device, **sizes)
     if args.input: return input_worker(args.input, args.folder)
     if args.loop: return loop_worker(args.loop, args.folder, args.device)
     if args.ddp_rank: return ddp_rank(args)
