@@ -19,7 +19,6 @@ config = Config.of(backbone="test_vit.r160_in1k", random_backbone=True, image_si
                    target_layer=2, epochs=3000, batch_size=64, augment="none", cache=True, workers=0, log_every=1,
                    device="cpu", save_dir="runs", name="kept")
 run = start(config, nproc=2)
-print('started', run.folder.name)
 RunMonitor(run)
 """
 
@@ -29,8 +28,9 @@ def start_in_notebook(lab, *cells):
     write_notebook(lab.folder / "a.ipynb", TINY, *cells)
     lab.open("a.ipynb")
     lab.run_all()
-    lab.see("started kept")
-    run = attach(lab.folder / "runs/kept")
+    folder = lab.folder / "runs/kept"   # the page may have been scrolled away from what the cell has printed
+    until(lambda: (folder / "launch/001/proc.json").exists(), "the run to be started")
+    run = attach(folder)
     until(lambda: run.progress() and run.progress().step > 2, "the run to be at work")
     return run
 
@@ -127,8 +127,9 @@ def test_a_run_survives_what_happens_to_its_notebook(lab):
 def test_the_monitor_survives_full_windowing(lab):
     "JupyterLab takes cells that are out of sight out of the page, and puts them back."
     run = start_in_notebook(lab, *["print('line\\n' * 40)"] * 30, "print('last' + 'cell')")
-    wait_until_running(lab)
     scroller = lab.panel.locator(".jp-WindowedPanel-outer")
+    scroller.evaluate("x => x.scrollTo(0, 0)")   # running all cells may have gone to the last
+    wait_until_running(lab)
     scroller.evaluate("x => x.scrollTo(0, x.scrollHeight)")
     stop = lab.panel.get_by_role("button", name="Stop", exact=True)
     until(lambda: stop.count() == 0, "the monitor to leave the page")

@@ -111,7 +111,7 @@ def _or_sentence(
     "What `make` gives, or why it cannot."
     try: return make()
     except InputError as e: sentence = str(e)
-    except (ArithmeticError, LookupError, OSError, SafetensorError, TypeError, ValueError) as e:
+    except (ArithmeticError, AttributeError, LookupError, OSError, SafetensorError, TypeError, ValueError) as e:
         sentence = f"This cannot be shown: a file of the run is damaged ({type(e).__name__}: {e})."
     return Markup("<p>{}</p>").format(sentence)
 
