@@ -80,10 +80,9 @@ def _parser()->argparse.ArgumentParser:
     _sbatch_options(cluster)
     for part in first, cluster: part.add_argument("flags", nargs="*", help="after --, the flags of llb train")
     add("runs", _runs_command, "list the runs in a folder").add_argument("folder", nargs="?", type=Path, default="runs")
-    codes = f"exit status 0 done or alive, {STOPPED} stopped, 1 failed"
-    status = add("status", _status_command, f"print the state; {codes}")
+    status = add("status", _status_command, f"print the state; exit status 0 done or alive, {STOPPED} stopped, else 1")
     status.add_argument("--ended", action="store_true", help="judge by the last event alone")
-    stop = add("stop", _stop_command, "let a run finish its step, save and end")
+    stop = add("stop", _stop_command, "let a run finish its step and save")
     stop.add_argument("--grace", type=float, default=60, help="seconds before signals are sent (default 60)")
     for part in status, stop: part.add_argument("run", type=Path, help="a run folder")
     return parser
