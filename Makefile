@@ -59,6 +59,7 @@ notebooks: .venv/.ready ## run all notebooks and store their outputs
 	@for nb in nbs/*/*.ipynb nbs/*.ipynb; do \
 	$(RUN) TQDM_DISABLE=1 MPLBACKEND=module://matplotlib_inline.backend_inline jupyter nbconvert --to notebook --execute --inplace \
 	--ExecutePreprocessor.store_widget_state=False --log-level WARN $$nb || exit 1; done
+	@perl -pi -e "s#\Q$$HOME\E/#~/#g" nbs/*/*.ipynb nbs/*.ipynb
 	@$(RUN) nbdev_clean
 
 bench: .venv/.ready ## step time, images/s, memory and input speed against a plain version, on the CPU (some minutes)
