@@ -141,7 +141,8 @@ def lab(chromium, tmp_path, request):
         page.close()
         left = it.kernels()
         server.send_signal(signal.SIGTERM)
-        server.wait(30)
+        try: server.wait(30)
+        except subprocess.TimeoutExpired: server.kill()   # it waits for a kernel that it interrupted while that one started
         for run in runs(work / "runs"): run.stop(grace=0)
         for pid in left:
             if Path(f"/proc/{pid}").exists(): os.kill(pid, signal.SIGKILL)
