@@ -142,7 +142,7 @@ def lab(chromium, tmp_path, request):
         left = it.kernels()
         server.send_signal(signal.SIGTERM)
         try: server.wait(30)
-        except subprocess.TimeoutExpired: server.kill()   # it waits for a kernel that it interrupted while that one started
+        except subprocess.TimeoutExpired: server.kill()   # it waits for a kernel that it interrupted at its start
         for run in runs(work / "runs"): run.stop(grace=0)
         for pid in left:
             if Path(f"/proc/{pid}").exists(): os.kill(pid, signal.SIGKILL)
