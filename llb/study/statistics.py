@@ -140,7 +140,7 @@ def compare_methods(
     draws:int=10_000,
     seed:int=0
 )->Difference: # a minus b
-    "Compare two methods over seeds and images. Raises `InputError` for unequal shapes, and numbers that are not finite."
+    "Compare two methods over seeds and images. Raises `InputError` for unequal shapes and numbers not finite."
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape or a.ndim != 2 or not a.size:
         raise InputError(f"The methods have shapes {a.shape} and {b.shape}; give [seeds, images], the same for both.")
