@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'pack', 'unpack', 'Record', 'key_of', 'record_file', 'write_record', 'read_record', 'read_records',
            'find_record', 'check_record']
 
-# %% ../../nbs/7_study/71_records.ipynb #f257de24
+# %% ../../nbs/7_study/71_records.ipynb #59cba925
 import base64, hashlib, json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.files import write_json
+from ..core.files import flat, write_json
 
-# %% ../../nbs/7_study/71_records.ipynb #33d2f301
+# %% ../../nbs/7_study/71_records.ipynb #08f06717
 def _text(values:np.ndarray)->str: return base64.b64encode(np.ascontiguousarray(values)).decode()
 
 def pack(
@@ -35,7 +35,7 @@ def unpack(packed:dict)->dict[str, np.ndarray]: # right [n] bool, nll [n] float6
         raise InputError(f"A record says that it holds {n} images, but its text holds {len(nll)}; take it from a copy.")
     return {"right": np.unpackbits(bits, count=n).astype(bool), "nll": nll.astype(float)}
 
-# %% ../../nbs/7_study/71_records.ipynb #9cb15e8b
+# %% ../../nbs/7_study/71_records.ipynb #2f168d0a
 SCHEMA = 1
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def key_of(about:dict)->str: # 16 hex digits
     "The name of everything that a record's numbers depend on."
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../../nbs/7_study/71_records.ipynb #a5007d3d
+# %% ../../nbs/7_study/71_records.ipynb #734353b9
 def record_file(
     folder:Path, # of a study's records
     record_name:str # see `Record.name`
@@ -82,7 +82,7 @@ def write_record(folder:Path, record:Record):
         write_json(path, asdict(record))
     except OSError as e: raise InputError(f"The record {str(path)!r} cannot be written ({e.strerror}).") from e
 
-# %% ../../nbs/7_study/71_records.ipynb #2e8c61dd
+# %% ../../nbs/7_study/71_records.ipynb #b87076cf
 def read_record(path:Path)->Record:
     "Read one file. Raises `InputError` when it is damaged, or of another schema."
     try: found = json.loads(path.read_text(encoding="utf-8"))
@@ -100,7 +100,7 @@ def read_records(folder:Path)->list[Record]: # by name
     "All records below a folder."
     return [read_record(path) for path in sorted(Path(folder).rglob("seed-*.json"))]
 
-# %% ../../nbs/7_study/71_records.ipynb #0627a8d1
+# %% ../../nbs/7_study/71_records.ipynb #fb419033
 def find_record(
     folder:Path,
     name:str,   # see `Record.name`
@@ -111,12 +111,13 @@ def find_record(
     if not path.exists(): return None
     record = read_record(path)
     if record.key == key_of(about): return record
-    changed = [f"{k}: {record.about.get(k)!r}, now {about.get(k)!r}" for k in sorted({*about, *record.about})
-               if record.about.get(k) != about.get(k)]
+    before, now = flat(record.about), flat(about)
+    changed = [f"{k} {before.get(k)!r}, now {now.get(k)!r}" for k in sorted({*before, *now})
+               if before.get(k) != now.get(k)]
     raise InputError(f"The record {str(path)!r} was made with other settings ({'; '.join(changed)[:400]}); give the "
                      "study its old settings, or a new folder of records.")
 
-# %% ../../nbs/7_study/71_records.ipynb #df95b8e5
+# %% ../../nbs/7_study/71_records.ipynb #bfdb4032
 def check_record(record:Record):
     "Raise `InputError` when a record's numbers are not those of its images, or its key is not that of its settings."
     if record.key != key_of(record.about):
