@@ -85,7 +85,7 @@ class _Layers(Head):
         visual_features:int,    # width of the features a visual head reads; 0 for no visual head
         between:Callable[[], nn.Module]|None=None   # makes `objects`; None for none
     ):
-        "`L (12 D^2 + 13 D) + 3 D + D C + C` parameters, and those between. Raises `InputError` for fewer than 2 layers."
+        "`L (12 D^2 + 13 D) + 3 D + D C + C` parameters, and those between. Raises `InputError` below 2 layers."
         super().__init__()
         if num_layers < 2:
             raise InputError(f"num_layers is {num_layers}; it counts the visual block, so below 2 no block would read "
@@ -99,7 +99,7 @@ class _Layers(Head):
         self.visual_head = make_visual_head(visual_features, num_classes)
         for part in self.visual_block, self.label_blocks, self.classifier: part.apply(init_weights_vit_timm)
 
-# %% ../../nbs/2_models/26_llb.ipynb #0a2ffb86
+# %% ../../nbs/2_models/26_llb.ipynb #5e080977
 class LabelLayers(_Layers):
     "A visual block, something between (LLB's objects), and label-focused blocks behind a class token of their own."
     def visual_patches(self, features:BackboneOutput)->Tensor: # [B,N,D]
@@ -151,7 +151,7 @@ class LabelBranch(LabelLayers):
         patches = self.visual_patches(features)
         return self.objects.compact(patches)[1] if self.compact else self.objects.assigner(patches).mean(1)
 
-# %% ../../nbs/2_models/26_llb.ipynb #7e0c0fc4
+# %% ../../nbs/2_models/26_llb.ipynb #8021282a
 def visual_width(backbone:Backbone, num_classes:int)->int: # 0 where the backbone has scores for these classes
     "The width of what a visual head reads."
     return 0 if backbone.num_classes == num_classes else backbone.num_features
