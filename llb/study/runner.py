@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core.distributed import Runtime
-from ..core.errors import InputError
 from ..core.files import atomic
 from ..data.splits import Data
 from ..models.backbone import Backbone
