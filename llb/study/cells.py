@@ -130,7 +130,7 @@ def train_cells(
     splits:dict[str, Split],    # "train", "selection", "val"
     runtime:Runtime
 )->list[Cell]: # in the same order
-    "Train every cell on the same batches, and score each. The reported split is predicted, but nothing is chosen by it."
+    "Train every cell on the same batches and predict both other splits; nothing is chosen by the reported one."
     steps = [TrainStep(m, config, runtime) for m, config in zip(_copies(model, len(configs)), configs)]
     _train(steps, splits["train"], configs[0])
     return [_finished(step, splits, runtime) for step in steps]
@@ -139,10 +139,14 @@ def _finished(step:TrainStep, splits:dict[str, Split], runtime:Runtime)->Cell:
     if step.refused(): return Cell(step.config, step.model, None, math.inf)
     logits = {name: predict_split(step.model, splits[name], runtime) for name in ("selection", "val")}
     nll = cross_entropy(logits["selection"], splits["selection"].labels).item()
-    return Cell(step.config, step.model, logits if math.isfinite(nll) else None, nll if math.isfinite(nll) else math.inf)
+    if not math.isfinite(nll): logits, nll = None, math.inf
+    return Cell(step.config, step.model, logits, nll)
 
 # %% ../../nbs/7_study/73_cells.ipynb #514ba951
-def choose_cell(cells:list[Cell], search:dict[str, tuple])->tuple[Cell, list[str]]: # and the options at an end of their list
+def choose_cell(
+    cells:list[Cell],
+    search:dict[str, tuple] # option -> the values that were tried
+)->tuple[Cell, list[str]]: # and the options that were chosen at an end of their list
     "The best cell on the selection split. Raises `InputError` when all of them diverged."
     best = min(cells, key=lambda cell: cell.nll)
     if best.logits is None:

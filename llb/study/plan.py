@@ -45,8 +45,8 @@ def _check_names(what:str, names):
             raise InputError(f"The {what} is called {name!r}; a name is made of letters, digits and . + = , - only.")
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
-    "What is to be compared. Raises `InputError` for what cannot be run."
+class _Parts:
+    "What a study consists of."
     name: str
     question: str                           # what it was made to find out, in a sentence
     baseline: str                           # the arm that the others are fused with and compared to
@@ -58,8 +58,13 @@ class Study:
     questions: tuple[Question, ...] = ()    # () for every arm against the baseline
     sweeps: dict[str, dict] = field(default_factory=dict)     # name -> {"arm", "option", "values"}
 
+# %% ../../nbs/7_study/72_plan.ipynb #b80a50e6
+class Study(_Parts):
+    "What is to be compared. Raises `InputError` for what cannot be run."
     def __post_init__(self):
-        for what, names in ("study", [self.name]), ("arm", self.arms), ("data set", self.data): _check_names(what, names)
+        _check_names("study", [self.name])
+        _check_names("arm", self.arms)
+        _check_names("data set", self.data)
         _require_known("the baseline", self.baseline, self.arms)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"The seeds are {list(self.seeds)}; give different ones, and at least one.")

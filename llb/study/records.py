@@ -127,5 +127,5 @@ def check_record(record:Record):
         found = {"top1": each["right"].mean(), "nll": each["nll"].mean()}
         for measure, tolerance in ("top1", 1e-9), ("nll", 2e-3):
             if not np.isclose(found[measure], metrics[measure], rtol=tolerance, atol=tolerance):
-                raise InputError(f"The record {record.name} says {prediction} {measure} {metrics[measure]:.4f}, but its "
-                                 f"images give {found[measure]:.4f}.")
+                raise InputError(f"The record {record.name} says {prediction} {measure} {metrics[measure]:.4f}, "
+                                 f"but its images give {found[measure]:.4f}.")

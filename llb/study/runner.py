@@ -49,6 +49,7 @@ class _Tokens:
             self.key = key
         return self.value
 
+# %% ../../nbs/7_study/74_runner.ipynb #5fa3f5b3
 @dataclass
 class Unit:
     "The splits and tokens of one data set and seed."
@@ -64,7 +65,8 @@ class Unit:
     @cached_property
     def data(self)->Data:
         "The three splits; fewer training images where the study says so."
-        data, count = make_data(self.config(self.study.baseline)), self.study.data[self.data_name].get("images_per_class")
+        data = make_data(self.config(self.study.baseline))
+        count = self.study.data[self.data_name].get("images_per_class")
         return replace(data, train=take_per_class(data.train, count, self.seed))
 
     @cached_property
