@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Block, init_weights_vit_timm
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from ..core.errors import InputError
+from ..core.options import check_arguments
 from .backbone import Backbone, BackboneOutput
 from .heads import Head, HeadModel, HeadOutput, make_visual_head
 from .objects import COMPACT, entropy, LatentObjects, Part
@@ -83,11 +83,10 @@ class _BranchLayers(Head):
         assigner:Part|None=None, # see `LatentObjects`
         embedding:Part|None=None
     ):
-        "Raises `InputError` for fewer than 2 layers, and what `LatentObjects` refuses."
+        "Raises `InputError` for fewer than 2 layers, a drop path outside 0..1, and what `LatentObjects` refuses."
         super().__init__()
-        if num_layers < 2:
-            raise InputError(f"num_layers is {num_layers}; it counts the visual block, so below 2 no block would read "
-                             "the objects and every image would get the same prediction.")
+        checked = dict(num_objects=num_objects, num_layers=num_layers, drop_path=drop_path)
+        check_arguments(_BranchLayers.__init__, **checked)
         self.alpha, self.compact = alpha, num_objects >= COMPACT   # `compact`: train without keeping assignments
         self.last_block = first_token
         self.visual_block = _block(dim, num_heads)
