@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Matched', 'match_classes']
 
-# %% ../../nbs/1_data/18_matching.ipynb #1fde5fc8
+# %% ../../nbs/1_data/18_matching.ipynb #94e71ef1
 from collections import Counter
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -14,7 +14,7 @@ from ..core.errors import InputError
 from .datasets import imagenet_index
 from .images import ImageList
 
-# %% ../../nbs/1_data/18_matching.ipynb #aa6077ea
+# %% ../../nbs/1_data/18_matching.ipynb #45148920
 def _index_by_name(
     known:tuple[str, ...] # of the model
 )->dict[int, int]: # class of ImageNet -> label; without those that several labels claim
@@ -31,7 +31,7 @@ def _official(
     if all(name.isdecimal() and int(name) < 1000 for name in names): return [int(name) for name in names]
     return [imagenet_index(name) for name in names]
 
-# %% ../../nbs/1_data/18_matching.ipynb #17e60ac2
+# %% ../../nbs/1_data/18_matching.ipynb #b24001a4
 def _labels_by_name(
     names:tuple[str, ...],  # of the images
     known:tuple[str, ...]   # of the model
@@ -44,7 +44,7 @@ def _labels_by_name(
     if len(meant) < 990 and all(map(str.isdecimal, names)): meant = {}   # numbers stand for all of ImageNet alone
     return [exact.get(name, meant.get(index)) for name, index in zip(names, _official(names))]
 
-# %% ../../nbs/1_data/18_matching.ipynb #bc1415a2
+# %% ../../nbs/1_data/18_matching.ipynb #f08e5568
 def _labels_by_position(
     images:ImageList,
     num_classes:int   # of the model
@@ -54,10 +54,10 @@ def _labels_by_position(
     official = _official(names) if num_classes == 1000 else [None]
     if None not in official: return official, "as ImageNet's, for the model names no classes"
     if len(names) == num_classes: return list(range(num_classes)), "by position, for the model names no classes"
-    raise InputError(f"{images.root} has {len(names)} classes, and the model has {num_classes}, which it does not name; "
-                     "give it images of as many classes, in their order.")
+    raise InputError(f"{images.root} has {len(names)} classes, and the model has {num_classes}, which it does not "
+                     "name; give it images of as many classes, in their order.")
 
-# %% ../../nbs/1_data/18_matching.ipynb #75476312
+# %% ../../nbs/1_data/18_matching.ipynb #a41f4c94
 @dataclass(frozen=True)
 class Matched:
     "Images whose labels and class names are a model's."
@@ -79,7 +79,7 @@ def _refuse_unknown(images:ImageList, unknown:list[str], known:tuple[str, ...]):
                      f"{', '.join(shown)}{more}; rename or remove these folders. The model knows {len(known)} classes, "
                      f"{', '.join(map(repr, known[:3]))} for some.")
 
-# %% ../../nbs/1_data/18_matching.ipynb #e4952164
+# %% ../../nbs/1_data/18_matching.ipynb #246aa48e
 def match_classes(
     images:ImageList,
     known:tuple[str, ...]|list[str]|None, # the classes of a model by label; None when it does not name them

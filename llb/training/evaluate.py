@@ -71,7 +71,7 @@ def score_batches(
     `FloatingPointError` for predictions that are not finite."""
     return score_hiding(predict, loader, [()], alphas, desc)[0]
 
-# %% ../../nbs/4_training/42_evaluate.ipynb #51f92f0a
+# %% ../../nbs/4_training/42_evaluate.ipynb #42873f76
 def _gives_visual(model:HeadModel)->bool:
     "Whether there is a visual prediction: the backbone's own head, or a visual head."
     own_head = model.backbone.num_classes == model.settings["num_classes"]
@@ -89,7 +89,8 @@ class Predictor:
         self.has_head = isinstance(model, HeadModel)
         self.visual = not self.has_head or _gives_visual(model)
 
-    def __call__(self, batch:dict)->tuple[Tensor, Tensor]: # visual and label-focused logits [B,C]; the same for one alone
+    def __call__(self, batch:dict)->tuple[Tensor, Tensor]: # visual and label-focused logits [B,C]
+        "Both predictions; the only one twice, where there is one."
         if not self.has_head:
             with self.runtime.autocast(): logits = self.model(images_of(self.model, batch, self.runtime))
             return logits, logits
@@ -205,7 +206,8 @@ def metric_rows(
     alpha = metrics.get("alpha", {}).get("value", 1.0)
     rows, real = _rows(metrics, "{}", alpha), metrics.get("imagenet_real")
     if real: rows = [[*row, real[key]] for row, key in zip(rows, filter(metrics.get, _PREDICTIONS))]
-    if "masked" in metrics: rows += [[*row, *[None] * bool(real)] for row in _rows(metrics["masked"], "{}, masked", alpha)]
+    masked = _rows(metrics.get("masked", {}), "{}, masked", alpha)
+    rows += [[*row, *[None] * bool(real)] for row in masked]
     return ["prediction", "top-1", "NLL", "Brier", "ECE", *(["ReaL"] if real else [])], rows
 
 def _class_note(matched:str, known:int, present:int)->str:
@@ -259,11 +261,12 @@ class Evaluation:
     def save(self, folder:Path):
         "Write `metrics.json` and `predictions.safetensors` into a folder, which appears whole or not at all."
         Path(folder).parent.mkdir(parents=True, exist_ok=True)
+        alpha = self.metrics.get("alpha", {}).get("value", 1.0)
         with atomic(folder, folder=True) as made:
             write_json(made / "metrics.json", self.metrics | {"objects": self.objects})
-            save_predictions(made / "predictions.safetensors", self.scores, self.metrics.get("alpha", {}).get("value", 1.0))
+            save_predictions(made / "predictions.safetensors", self.scores, alpha)
 
-# %% ../../nbs/4_training/42_evaluate.ipynb #2cd3ae17
+# %% ../../nbs/4_training/42_evaluate.ipynb #eccc1d96
 def evaluate(
     model:HeadModel,
     data:Data|ImageList,         # its validation split, or images
