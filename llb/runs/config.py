@@ -108,7 +108,7 @@ class DataConfig(ConfigPart):
     dataset: str = "openclipart"          # openclipart, ImageFolder, ImageNet, Places365 or iNat18
     data_dir: str|None = None             # its folder; for ImageFolder class folders, or train/ and val/ with such
     num_classes: int|None = None          # classes expected; None for the data set's official number, or what is there
-    selection_fraction: float = 0.15      # cut from the training images, for choosing epoch and alpha
+    selection_fraction: float = 0.15      # cut from the training images, for choosing epoch and alpha; 0 for none
     augment: Literal["randaugment", "none"] = "randaugment"  # of training images
     cache: bool = False                   # keep the frozen tokens on disk wherever nothing random changes them
     cache_views: int = 0                  # with cache: tokens of so many augmented views of each image, in turn
@@ -117,7 +117,7 @@ class DataConfig(ConfigPart):
     workers: int = _free(2)               # processes that decode images, per training process
 
     def check(self):
-        self.require(lambda x: 0 < x < 1, "it must lie between 0 and 1", "selection_fraction")
+        self.require(lambda x: 0 <= x < 1, "it must lie in 0..1, below 1", "selection_fraction")
         self.require(lambda x: x >= 0, "it cannot be negative", "workers", "cache_views")
         self.require(lambda x: x is None or x >= 2, "there are at least 2 classes", "num_classes")
         idle = not self.cache or self.augment == "none"
@@ -128,6 +128,8 @@ class DataConfig(ConfigPart):
 class OptimConfig(ConfigPart):
     "How the trained part is optimised."
     epochs: int = _free(50)             # passes over the training images
+    last_epoch: bool = False            # keep the last epoch, not the one that does best on the selection split
+    refit: bool = False                 # when all is chosen, train again from the start, on the selection images too
     batch_size: int = _free(128)        # images of one optimizer step, per process
     micro_batches: int = _free(1)       # micro-batches of one batch, to save memory; does not change the result
     opt: Literal["Adam", "AdamW", "SGD"] = "AdamW"
@@ -239,6 +241,19 @@ def _check_objective(values:dict):
     for name, why in _NEED_FROZEN.items():
         if values[name]: raise InputError(f"--{name} does not go with --objective visual: {why}.")
 
+# %% ../../nbs/3_runs/31_config.ipynb #cdf4ebd7
+def _check_choices(config:"Config"):
+    "Refuse to choose where no image is held out, and to train again where nothing is chosen."
+    optim, llb = config.optim, config.visual.objective == "llb"
+    choices = {"--last_epoch": not optim.last_epoch, "--alpha A": llb and config.model.alpha is None}
+    made = [flag for flag, chosen in choices.items() if chosen]   # and what would settle each
+    if made and not config.data.selection_fraction and not config.run.eval:
+        raise InputError("selection_fraction is 0: no image is held out to choose epoch and alpha on. "
+                         f"Say what they are: add {' and '.join(made)}.")
+    if optim.refit and not made:
+        raise InputError("refit is True, but it has no effect here: nothing is chosen. "
+                         "--selection_fraction 0 trains on all training images at once.")
+
 # %% ../../nbs/3_runs/31_config.ipynb #cc20c644
 @dataclass(kw_only=True)
 class Config:
@@ -251,6 +266,7 @@ class Config:
 
     def __post_init__(self):
         if self.visual.objective == "visual": _check_objective(self.to_dict())
+        _check_choices(self)
 
     @property
     def run_folder(self)->Path:
