@@ -1,4 +1,5 @@
 """Every numeric option with values that are none, have no end, are negative, zero or broken."""
+
 import math
 
 from llb.runs.config import parse_command
@@ -55,24 +56,30 @@ ELSEWHERE = {  # numbers of other commands: (command, those of VALUES that it ta
 
 def _parsed(option, value, more):
     "The option has the value; training with it is another test's."
+
     def act(shop):
         found = vars_of(parse_command([f"--{option}", value, *more.split()]))[option]
         assert found == float(value) or found == (float(value),), found
+
     return act
 
 
-def vars_of(config): return config.to_dict()
+def vars_of(config):
+    return config.to_dict()
 
 
-def _train(option, value, more): return lambda shop: shop.train(*more.split(), **{option: value})
+def _train(option, value, more):
+    return lambda shop: shop.train(*more.split(), **{option: value})
 
 
 def _command(command, value):
     def act(shop):
         words = command if "{value}" in command else f"{command} {{value}}"
         names = {"value": value, "here": shop.here, "images": shop.images}
-        if "{run}" in command: names["run"] = shop.run
+        if "{run}" in command:
+            names["run"] = shop.run
         return shop.llb(words.format(**names))
+
     return act
 
 
@@ -90,5 +97,6 @@ for _name, (_words, _taken) in ELSEWHERE.items():
 
 def is_finite(numbers):
     "Whether a nested dictionary holds no number that is none."
-    if isinstance(numbers, dict): return all(map(is_finite, numbers.values()))
+    if isinstance(numbers, dict):
+        return all(map(is_finite, numbers.values()))
     return not isinstance(numbers, float) or math.isfinite(numbers)

@@ -1,4 +1,5 @@
 """Backbones, files of weights, checkpoints and saved models that are missing, damaged, or another's."""
+
 import json
 import shutil
 
@@ -8,46 +9,59 @@ from safetensors.torch import load_file, save_file
 
 from llb.models.backbone import load_backbone
 from llb.models.llb import LLB
-from llb.models.release import load_reference_checkpoint, to_reference_state_dict
+from llb import load_reference_checkpoint, to_reference_state_dict
 from llb.runs.checkpoints import load_checkpoint, load_newest
 from llb.runs.folder import RunReader
 
 
-def named(name, **options): return lambda s: load_backbone(name, pretrained=False, image_size=32, **options)
+def named(name, **options):
+    return lambda s: load_backbone(name, pretrained=False, image_size=32, **options)
 
 
 def from_file(content, name="w.pth"):
     "A backbone from a file of one's own; `content(shop)` gives bytes, or what is saved."
+
     def act(shop):
         path, found = shop.here / name, content(shop)
-        if isinstance(found, bytes): path.write_bytes(found)
-        elif name.endswith("npz"): np.savez(path, **found)
-        elif name.endswith("safetensors"): save_file(found, path)
-        else: torch.save(found, path)
+        if isinstance(found, bytes):
+            path.write_bytes(found)
+        elif name.endswith("npz"):
+            np.savez(path, **found)
+        elif name.endswith("safetensors"):
+            save_file(found, path)
+        else:
+            torch.save(found, path)
         return load_backbone("test_vit.r160_in1k", checkpoint=str(path), image_size=32)
+
     return act
 
 
-def state(shop): return shop.backbone().vit.state_dict()
+def state(shop):
+    return shop.backbone().vit.state_dict()
 
 
-def without(shop, name): return {k: v for k, v in state(shop).items() if k != name}
+def without(shop, name):
+    return {k: v for k, v in state(shop).items() if k != name}
 
 
 def saved(spoil, **options):
     "Spoil the folder of a saved model, then load it."
+
     def act(shop):
         spoil(shop.model)
         return LLB.from_pretrained(shop.model, **options)
+
     return act
 
 
 def config(**change):
     "Change config.json of a saved model; None takes a name out."
+
     def spoil(folder):
         path = folder / "config.json"
         found = {k: v for k, v in {**json.loads(path.read_text()), **change}.items() if v is not None}
         path.write_text(json.dumps(found))
+
     return spoil
 
 
@@ -55,70 +69,87 @@ def setting(**change):
     def spoil(folder):
         found = json.loads((folder / "config.json").read_text())["model"]
         config(model={**found, **change})(folder)
+
     return spoil
 
 
 def tensors(change):
     "Change the weights of a saved model."
+
     def spoil(folder):
         found = load_file(folder / "model.safetensors")
         save_file(change(found), folder / "model.safetensors")
+
     return spoil
 
 
-def put(name, content=b""): return lambda folder: (folder / name).write_bytes(content)
+def put(name, content=b""):
+    return lambda folder: (folder / name).write_bytes(content)
 
 
-def cut(name): return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-99])
+def cut(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-99])
 
 
 def gone(name):
     return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
 
 
-def to_int8(found): return {k: v.to(torch.int8) for k, v in found.items()}
+def to_int8(found):
+    return {k: v.to(torch.int8) for k, v in found.items()}
 
 
-def nan_head(found): return {**found, "classifier.weight": found["classifier.weight"] * float("nan")}
+def nan_head(found):
+    return {**found, "classifier.weight": found["classifier.weight"] * float("nan")}
 
 
 def fewer_objects(found):
     return {k: v[:5].clone() if v.shape[:1] == (8,) and "objects" in k else v for k, v in found.items()}
 
 
-def other_backbone(shop): return LLB.from_pretrained(shop.shared.run / "model", backbone=shop.backbone(seed=9, num_classes=3))
+def other_backbone(shop):
+    return LLB.from_pretrained(shop.shared.run / "model", backbone=shop.backbone(seed=9, num_classes=3))
 
 
 def checkpoint(spoil):
     "Spoil the newest checkpoint of a run, then read it."
+
     def act(shop):
         newest = sorted((shop.run / "checkpoints").glob("step-*"))[-1]
         spoil(newest)
         return str(len(load_checkpoint(newest)))
+
     return act
 
 
 def all_damaged(shop):
-    for folder in (shop.run / "checkpoints").glob("step-*"): cut("state.safetensors")(folder)
+    for folder in (shop.run / "checkpoints").glob("step-*"):
+        cut("state.safetensors")(folder)
     return str(load_newest(shop.run / "checkpoints"))
 
 
 def released(content, **options):
     "A checkpoint of the release."
+
     def act(shop):
         torch.save(content(shop), shop.here / "x.pth")
-        return load_reference_checkpoint(shop.here / "x.pth", **{"num_heads": 3, "target_layer": 3, "alpha": .5, **options})
+        return load_reference_checkpoint(
+            shop.here / "x.pth", **{"num_heads": 3, "target_layer": 3, "alpha": 0.5, **options}
+        )
+
     return act
 
 
-def in_release_form(shop): return to_reference_state_dict(LLB.from_pretrained(shop.shared.run / "model"), "vit")
+def in_release_form(shop):
+    return to_reference_state_dict(LLB.from_pretrained(shop.shared.run / "model"), "vit")
 
 
 def weights_of_another(shop):
     other = shop.backbone(seed=5, num_classes=3)
     save_file(other.vit.state_dict(), shop.here / "other.safetensors")
-    return shop.train(nv_weights=shop.shared.run / "model", checkpoint=shop.here / "other.safetensors",
-                      random_backbone=False)
+    return shop.train(
+        nv_weights=shop.shared.run / "model", checkpoint=shop.here / "other.safetensors", random_backbone=False
+    )
 
 
 BACKBONES = {
@@ -126,16 +157,28 @@ BACKBONES = {
     "an empty name": (named(""), "''|must name"),
     "a convolutional network": (named("resnet18"), "resnet18"),
     "a hybrid without patches": (named("swin_tiny_patch4_window7_224"), "swin"),
-    "a name with a tag that is not there": (lambda s: load_backbone("vit_tiny_patch16_224.nobody", image_size=32), "nobody"),
+    "a name with a tag that is not there": (
+        lambda s: load_backbone("vit_tiny_patch16_224.nobody", image_size=32),
+        "nobody",
+    ),
     "image_size 0": (lambda s: load_backbone("test_vit", pretrained=False, image_size=0), "image_size|0"),
     "image_size -32": (lambda s: load_backbone("test_vit", pretrained=False, image_size=-32), "-32"),
     "image_size 33": (lambda s: load_backbone("test_vit", pretrained=False, image_size=33), "33"),
-    "image_size too large for memory": (lambda s: load_backbone("test_vit", pretrained=False, image_size=10**7), "image_size|10000000|memory"),
+    "image_size too large for memory": (
+        lambda s: load_backbone("test_vit", pretrained=False, image_size=10**7),
+        "image_size|10000000|memory",
+    ),
     "-1 classes": (named("test_vit", num_classes=-1), "num_classes"),
     "a layer that is not there": (lambda s: s.train(target_layer=99), "99"),
     "patches larger than the image": (lambda s: s.train(image_size=8), "8"),
-    "a method's name misspelt": (lambda s: s.train("--method", "mae_in1k_ft_in2k", backbone=None, random_backbone=None), "mae_in1k_ft_in2k"),
-    "a size the method does not have": (lambda s: s.train("--method", "mae_in1k_ft_in1k", "--vit_size", "Tiny", backbone=None), "[Tt]iny"),
+    "a method's name misspelt": (
+        lambda s: s.train("--method", "mae_in1k_ft_in2k", backbone=None, random_backbone=None),
+        "mae_in1k_ft_in2k",
+    ),
+    "a size the method does not have": (
+        lambda s: s.train("--method", "mae_in1k_ft_in1k", "--vit_size", "Tiny", backbone=None),
+        "[Tt]iny",
+    ),
 }
 
 FILES = {
@@ -152,11 +195,20 @@ FILES = {
     "one tensor": (from_file(lambda s: torch.zeros(3)), "w.pth"),
     "a key too few": (from_file(lambda s: without(s, "norm.weight")), r"norm\.weight"),
     "a key too many": (from_file(lambda s: {**state(s), "strange": torch.zeros(2)}), "strange"),
-    "another width": (from_file(lambda s: {k: v[..., :-1] if v.ndim > 1 else v for k, v in state(s).items()}), "w.pth|shape|size"),
+    "another width": (
+        from_file(lambda s: {k: v[..., :-1] if v.ndim > 1 else v for k, v in state(s).items()}),
+        "w.pth|shape|size",
+    ),
     "whole numbers": (from_file(lambda s: to_int8(state(s))), "w.pth|int8|floating"),
-    "numbers that are none": (from_file(lambda s: {**state(s), "norm.weight": state(s)["norm.weight"] * float("nan")}), r"finite|NaN|nan"),
+    "numbers that are none": (
+        from_file(lambda s: {**state(s), "norm.weight": state(s)["norm.weight"] * float("nan")}),
+        r"finite|NaN|nan",
+    ),
     "another architecture": (from_file(lambda s: {"conv1.weight": torch.zeros(64, 3, 7, 7)}), "w.pth|conv1"),
-    "wrapped and prefixed": (from_file(lambda s: {"state_dict": {f"module.{k}": v for k, v in state(s).items()}}), None),
+    "wrapped and prefixed": (
+        from_file(lambda s: {"state_dict": {f"module.{k}": v for k, v in state(s).items()}}),
+        None,
+    ),
     "without the endings' truth": (from_file(lambda s: b"PK\3\4", "w.safetensors"), "w.safetensors"),
 }
 
@@ -175,7 +227,10 @@ SAVED = {
     "config.json without kind": (saved(config(kind=None)), "config.json|kind"),
     "config.json without parts": (saved(config(parts=None)), "config.json|parts"),
     "frozen without spec": (saved(config(frozen={})), "config.json|frozen"),
-    "frozen of a strange spec": (saved(config(frozen={"spec": {"colour": 3}, "source": "", "content_hash": ""})), "config.json|frozen|colour"),
+    "frozen of a strange spec": (
+        saved(config(frozen={"spec": {"colour": 3}, "source": "", "content_hash": ""})),
+        "config.json|frozen|colour",
+    ),
     "model is a list": (saved(config(model=[1])), "config.json|model"),
     "a strange setting": (saved(setting(colour=3)), "colour"),
     "a setting of the wrong type": (saved(setting(num_objects="8")), "num_objects"),
@@ -194,9 +249,22 @@ SAVED = {
     "weights of whole numbers": (saved(tensors(to_int8)), "model.safetensors"),
     "weights that are none": (saved(tensors(nan_head)), "finite|NaN|nan"),
     "weights of fewer objects": (saved(tensors(fewer_objects)), "model.safetensors"),
-    "weights without a tensor": (saved(tensors(lambda t: {k: v for k, v in t.items() if k != "cls_token"})), "cls_token"),
-    "another backbone's content": (saved(config(frozen={"spec": {"name": "test_vit", "pretrained": False, "image_size": 32, "num_classes": 3},
-                                                         "source": "x", "content_hash": "0" * 16})), "content"),
+    "weights without a tensor": (
+        saved(tensors(lambda t: {k: v for k, v in t.items() if k != "cls_token"})),
+        "cls_token",
+    ),
+    "another backbone's content": (
+        saved(
+            config(
+                frozen={
+                    "spec": {"name": "test_vit", "pretrained": False, "image_size": 32, "num_classes": 3},
+                    "source": "x",
+                    "content_hash": "0" * 16,
+                }
+            )
+        ),
+        "content",
+    ),
     "backbone= another": (other_backbone, "backbone"),
     "backbone= a name": (lambda s: LLB.from_pretrained(s.shared.run / "model", backbone="test_vit"), "backbone"),
 }
@@ -220,9 +288,15 @@ CHECKPOINTS = {
     "release: a backbone's weights": (released(lambda s: state(s)), "x.pth|checkpoint|keys"),
     "release: num_heads 0": (released(in_release_form, num_heads=0), "num_heads"),
     "release: another target_layer": (released(in_release_form, target_layer=99), "99"),
-    "checkpoint of a run that is not there": (lambda s: RunReader(s.shared.run).load_model() and
-                                              load_checkpoint(s.shared.run / "checkpoints" / "best"), "best"),
+    "checkpoint of a run that is not there": (
+        lambda s: RunReader(s.shared.run).load_model() and load_checkpoint(s.shared.run / "checkpoints" / "best"),
+        "best",
+    ),
 }
 
-CASES = {**{f"backbone {n}": c for n, c in BACKBONES.items()}, **{f"file: {n}": c for n, c in FILES.items()},
-         **{f"saved: {n}": c for n, c in SAVED.items()}, **{f"checkpoint: {n}": c for n, c in CHECKPOINTS.items()}}
+CASES = {
+    **{f"backbone {n}": c for n, c in BACKBONES.items()},
+    **{f"file: {n}": c for n, c in FILES.items()},
+    **{f"saved: {n}": c for n, c in SAVED.items()},
+    **{f"checkpoint: {n}": c for n, c in CHECKPOINTS.items()},
+}
