@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['HEADER', 'Results', 'Answer', 'answer', 'arm_rows', 'arm_table', 'answer_table', 'conflict', 'by_tercile']
 
-# %% ../../nbs/7_study/75_results.ipynb #474027ce
+# %% ../../nbs/7_study/75_results.ipynb #48312477
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from .plan import Question, Study
 from .records import Record
 from .statistics import compare_methods, Difference, holm
 
-# %% ../../nbs/7_study/75_results.ipynb #7d134eba
+# %% ../../nbs/7_study/75_results.ipynb #6c312864
 _SHARED = ("search", "backbone", "images", "baseline")   # of `Record.about`: the same for a data set and seed
 
 def _check_shared(records:Iterable[Record]):
@@ -39,7 +38,7 @@ def _check_seeds(by_arm:dict[str, dict[int, Record]], data:str):
             raise InputError(f"The arm {arm!r} has no record of seed {missing[0]} on {data!r}, which others have; run "
                              "the study to its end, or leave that seed out of it.")
 
-# %% ../../nbs/7_study/75_results.ipynb #0f344b5c
+# %% ../../nbs/7_study/75_results.ipynb #7b474fbe
 class Results:
     "What the records of one data set say. Raises `InputError` when they cannot be compared."
     def __init__(self,
@@ -69,7 +68,7 @@ class Results:
         "A metric of each seed."
         return np.array([r.metrics[prediction][measure] for r in self.by_arm[arm].values()])
 
-# %% ../../nbs/7_study/75_results.ipynb #ce626f0d
+# %% ../../nbs/7_study/75_results.ipynb #85bc97a6
 @dataclass(frozen=True)
 class Answer:
     "A question and what the records say."
@@ -100,7 +99,7 @@ def answer(results:Results)->list[Answer]: # in the order of the study's questio
     p[others] = holm(p[others])
     return [Answer(*row) for row in zip(asked, found, p.tolist())]
 
-# %% ../../nbs/7_study/75_results.ipynb #b6f6922f
+# %% ../../nbs/7_study/75_results.ipynb #7a8c40c9
 HEADER = ["arm", "parameters", "MFLOPs", "seconds", "top-1", "NLL", "Brier", "ECE", "fused top-1", "fused NLL", "alpha",
           "at border"]
 
@@ -117,31 +116,33 @@ def arm_rows(results:Results)->list[list]: # under `HEADER`; means over seeds
                      *alone, *fused, mean("chosen", "alpha"), ", ".join(borders)])
     return rows
 
+def _markdown(lines:list[list[str]])->str: # the first is the header
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
 def arm_table(results:Results)->str: # Markdown
     "The same as text."
     def text(name, value):
         if name in ("top-1", "fused top-1"): return f"{100 * value:.1f}"
         if name in ("parameters", "seconds"): return f"{value:,.0f}"
         return f"{value:.3g}" if name == "MFLOPs" else f"{value:.3f}" if isinstance(value, float) else str(value)
-    lines = [HEADER, ["---"] * len(HEADER)]
-    lines += [[text(name, value) for name, value in zip(HEADER, row)] for row in arm_rows(results)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = [[text(name, value) for name, value in zip(HEADER, row)] for row in arm_rows(results)]
+    return _markdown([HEADER, *rows])
+
+def _answer_row(a:Answer)->list[str]:
+    d = a.difference
+    scale, unit, digits = (100, "points", 1) if a.question.measure == "top1" else (1, "nats", 3)
+    def number(x): return f"{scale * x:+.{digits}f}"
+    return [a.question.arm + (" (primary)" if a.question.primary else ""), a.question.against,
+            f"{a.question.prediction} {a.question.measure}", f"{number(d.value)} {unit}",
+            f"{number(d.low)} to {number(d.high)}", f"{a.p:.2g}", number(d.detectable)[1:], a.verdict]
 
 def answer_table(answers:list[Answer])->str: # Markdown
     "Each question with its difference, interval, p, smallest detectable effect, and the answer in words."
-    lines = [["arm", "against", "prediction", "difference", "95 % interval", "p", "detectable", "answer"], ["---"] * 8]
-    for a in answers:
-        d, points = a.difference, a.question.measure == "top1"
-        scale, unit = (100, "points") if points else (1, "nats")
-        digits = 1 if points else 3
-        def number(x): return f"{scale * x:+.{digits}f}"
-        name = a.question.arm + (" (primary)" if a.question.primary else "")
-        lines.append([name, a.question.against, f"{a.question.prediction} {a.question.measure}",
-                      f"{number(d.value)} {unit}", f"{number(d.low)} to {number(d.high)}", f"{a.p:.2g}",
-                      number(d.detectable)[1:], a.verdict])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    header = ["arm", "against", "prediction", "difference", "95 % interval", "p", "detectable", "answer"]
+    return _markdown([header, *map(_answer_row, answers)])
 
-# %% ../../nbs/7_study/75_results.ipynb #c5837e25
+# %% ../../nbs/7_study/75_results.ipynb #393ccb91
 def conflict(
     features:np.ndarray,     # [n,F] of the images
     labels:np.ndarray,       # [n]
