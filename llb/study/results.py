@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEADER', 'Results', 'Answer', 'answer', 'arm_rows', 'arm_table', 'answer_table', 'conflict', 'by_tercile']
 
-# %% ../../nbs/7_study/75_results.ipynb #48312477
+# %% ../../nbs/7_study/75_results.ipynb #41b0479b
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from .plan import Question, Study
 from .records import Record
 from .statistics import compare_methods, Difference, holm
 
-# %% ../../nbs/7_study/75_results.ipynb #6c312864
+# %% ../../nbs/7_study/75_results.ipynb #4ad005ba
 _SHARED = ("search", "backbone", "images", "baseline")   # of `Record.about`: the same for a data set and seed
 
 def _check_shared(records:Iterable[Record]):
@@ -38,7 +38,7 @@ def _check_seeds(by_arm:dict[str, dict[int, Record]], data:str):
             raise InputError(f"The arm {arm!r} has no record of seed {missing[0]} on {data!r}, which others have; run "
                              "the study to its end, or leave that seed out of it.")
 
-# %% ../../nbs/7_study/75_results.ipynb #7b474fbe
+# %% ../../nbs/7_study/75_results.ipynb #c6b89904
 class Results:
     "What the records of one data set say. Raises `InputError` when they cannot be compared."
     def __init__(self,
@@ -68,7 +68,7 @@ class Results:
         "A metric of each seed."
         return np.array([r.metrics[prediction][measure] for r in self.by_arm[arm].values()])
 
-# %% ../../nbs/7_study/75_results.ipynb #85bc97a6
+# %% ../../nbs/7_study/75_results.ipynb #0d75a5fa
 @dataclass(frozen=True)
 class Answer:
     "A question and what the records say."
@@ -99,23 +99,24 @@ def answer(results:Results)->list[Answer]: # in the order of the study's questio
     p[others] = holm(p[others])
     return [Answer(*row) for row in zip(asked, found, p.tolist())]
 
-# %% ../../nbs/7_study/75_results.ipynb #7a8c40c9
+# %% ../../nbs/7_study/75_results.ipynb #43b18b8e
 HEADER = ["arm", "parameters", "MFLOPs", "seconds", "top-1", "NLL", "Brier", "ECE", "fused top-1", "fused NLL", "alpha",
           "at border"]
 
+def _arm_row(results:Results, arm:str)->list:
+    runs = list(results.by_arm[arm].values())
+    def mean(part, name): return float(np.mean([getattr(r, part)[name] for r in runs]))
+    alone = [float(results.values(arm, "alone", m).mean()) for m in ("top1", "nll", "brier", "ece")]
+    fused = [float(results.values(arm, "fused", m).mean()) for m in ("top1", "nll")]
+    borders = sorted({name for r in runs for name in r.chosen["border"]})
+    return [arm, int(mean("cost", "parameters")), 1e3 * mean("cost", "gflops"), mean("cost", "seconds"),
+            *alone, *fused, mean("chosen", "alpha"), ", ".join(borders)]
+
 def arm_rows(results:Results)->list[list]: # under `HEADER`; means over seeds
     "A row for each arm: what it costs, how good it is alone and fused with the baseline, what was chosen."
-    rows = []
-    for arm, found in results.by_arm.items():
-        runs = list(found.values())
-        def mean(part, name): return float(np.mean([getattr(r, part)[name] for r in runs]))
-        alone = [float(results.values(arm, "alone", m).mean()) for m in ("top1", "nll", "brier", "ece")]
-        fused = [float(results.values(arm, "fused", m).mean()) for m in ("top1", "nll")]
-        borders = sorted({name for r in runs for name in r.chosen["border"]})
-        rows.append([arm, int(mean("cost", "parameters")), 1e3 * mean("cost", "gflops"), mean("cost", "seconds"),
-                     *alone, *fused, mean("chosen", "alpha"), ", ".join(borders)])
-    return rows
+    return [_arm_row(results, arm) for arm in results.by_arm]
 
+# %% ../../nbs/7_study/75_results.ipynb #6c3c329e
 def _markdown(lines:list[list[str]])->str: # the first is the header
     lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -142,7 +143,7 @@ def answer_table(answers:list[Answer])->str: # Markdown
     header = ["arm", "against", "prediction", "difference", "95 % interval", "p", "detectable", "answer"]
     return _markdown([header, *map(_answer_row, answers)])
 
-# %% ../../nbs/7_study/75_results.ipynb #393ccb91
+# %% ../../nbs/7_study/75_results.ipynb #8a53642c
 def conflict(
     features:np.ndarray,     # [n,F] of the images
     labels:np.ndarray,       # [n]
