@@ -63,7 +63,7 @@ def test_a_model_sees_images_as_in_training_whatever_backbone_is_passed(saved, i
     assert torch.equal(again.predict(file).probabilities["fused"], model.predict(file).probabilities["fused"])
     assert other.preprocessing.crop_pct == .5, "what was passed is left as it is"
     large = load_backbone("test_vit", pretrained=False, image_size=64, num_classes=3)
-    with pytest.raises(InputError, match="images of 32 x 32 pixels"): LLB.from_pretrained(saved, backbone=large)
+    with pytest.raises(InputError, match="image_size"): LLB.from_pretrained(saved, backbone=large)
 
 
 def changed(change):
