@@ -320,8 +320,8 @@ def _fill(module:nn.Module, file:Path):
                          "another model.") from e
 
 # %% ../../nbs/2_models/24_saving.ipynb #8419db2c
-class SavedModel(_Written):
-    "A model that can be written to a folder or hub repository, and read from one."
+class _Remade(_Written):
+    "How a model is made again from what its folder says."
     @classmethod
     def _kind_named(cls, name:str)->type:
         "This class or one derived from it, by name. Raises `InputError` for any other."
@@ -331,23 +331,6 @@ class SavedModel(_Written):
         if found: return found
         raise InputError(f"The folder holds a model of kind {name}, not {cls.__name__}; "
                          f"load it with {name}.from_pretrained().")
-
-    @classmethod
-    def from_pretrained(cls,
-        source:str|Path,              # a folder of `save_pretrained`, or a repository id of the Hugging Face hub
-        backbone:Backbone|None=None,  # when the one that was trained on cannot be found by its name
-        revision:str|None=None, cache_dir:str|Path|None=None, force_download:bool=False,
-        local_files_only:bool=False, token:str|bool|None=None,   # see `huggingface_hub.snapshot_download`
-        **parts                       # `head=`, `assigner=` or `embedding=`, where they are not found by name
-    ): # the model, in eval mode
-        "Read a saved model. Raises `InputError` when it is incomplete, damaged, of another version or backbone."
-        hub = dict(revision=revision, cache_dir=cache_dir, force_download=force_download,
-                   local_files_only=local_files_only, token=token)
-        folder = _folder_of(str(source), **hub)
-        config = _read_config(folder)
-        model = cls._made(config, folder, source, backbone, parts)
-        _fill(model.branch, folder / _WEIGHTS_FILE)
-        return model.eval()
 
     @classmethod
     def _made(cls, config:dict, folder:Path, source:str|Path, backbone:Backbone|None, parts:dict):
@@ -365,3 +348,23 @@ class SavedModel(_Written):
         model.classes, model.metrics = config["classes"], config["metrics"]
         model.provenance = config["provenance"]
         return model
+
+# %% ../../nbs/2_models/24_saving.ipynb #46408cca
+class SavedModel(_Remade):
+    "A model that can be written to a folder or hub repository, and read from one."
+    @classmethod
+    def from_pretrained(cls,
+        source:str|Path,              # a folder of `save_pretrained`, or a repository id of the Hugging Face hub
+        backbone:Backbone|None=None,  # when the one that was trained on cannot be found by its name
+        revision:str|None=None, cache_dir:str|Path|None=None, force_download:bool=False,
+        local_files_only:bool=False, token:str|bool|None=None,   # see `huggingface_hub.snapshot_download`
+        **parts                       # `head=`, `assigner=` or `embedding=`, where they are not found by name
+    ): # the model, in eval mode
+        "Read a saved model. Raises `InputError` when it is incomplete, damaged, of another version or backbone."
+        hub = dict(revision=revision, cache_dir=cache_dir, force_download=force_download,
+                   local_files_only=local_files_only, token=token)
+        folder = _folder_of(str(source), **hub)
+        config = _read_config(folder)
+        model = cls._made(config, folder, source, backbone, parts)
+        _fill(model.branch, folder / _WEIGHTS_FILE)
+        return model.eval()
