@@ -162,7 +162,8 @@ def _quoted(metrics:dict|None)->str: # Markdown
     if seen := metrics.get("seen"):
         lines.append(f"\nn = {seen['scored']} images of the reported split, each scored once.")
     if alpha := metrics.get("alpha"):
-        lines.append(f"Fused with alpha {alpha['value']:g}, the weight of the visual prediction, which {alpha['chosen']}.")
+        lines.append(f"Fused with alpha {alpha['value']:g}, the weight of the visual prediction, which "
+                     f"{alpha['chosen']}.")
     return "\n".join(lines)
 
 # %% ../../nbs/2_models/24_saving.ipynb #8898ee6f
@@ -201,8 +202,8 @@ Label-focused latent objects on a frozen backbone ([Kang, Bae and Kim, ICLR 2024
 ## Limits
 
 * It knows the classes above and no other: whatever an image shows, it gets one of them.
-* The numbers are those of one run on one split of the data named above. Other images may be harder, and differences of a
-  few images are within chance.
+* The numbers are those of one run on one split of the data named above. Other images may be harder, and differences of
+  a few images are within chance.
 * The backbone was not trained here; what it cannot tell apart, or has learned to prefer, this model has inherited.
   Licence of its weights: {licence}.
 """
@@ -349,7 +350,7 @@ class _Remade(_Written):
         model.provenance = config["provenance"]
         return model
 
-# %% ../../nbs/2_models/24_saving.ipynb #46408cca
+# %% ../../nbs/2_models/24_saving.ipynb #36ccfab4
 class SavedModel(_Remade):
     "A model that can be written to a folder or hub repository, and read from one."
     @classmethod
