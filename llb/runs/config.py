@@ -102,6 +102,11 @@ class ModelConfig(ConfigPart):
         self.require(lambda x: 0 <= x < 1, "it must lie in 0..1, below 1", "drop_path")
 
 # %% ../../nbs/3_runs/31_config.ipynb #bb7188ac
+def _is_colour(text:str)->bool:
+    from llb.data.images import parse_colour   # needs NumPy, which help and lists can do without
+    try: return text == "white" or bool(parse_colour(text))
+    except InputError: return False
+
 @dataclass(kw_only=True)
 class DataConfig(ConfigPart):
     "The images and how they are read."
@@ -113,6 +118,7 @@ class DataConfig(ConfigPart):
     cache: bool = False                   # keep the frozen tokens on disk wherever nothing random changes them
     cache_views: int = 0                  # with cache: tokens of so many augmented views of each image, in turn
     cache_images: bool = _free(False)     # keep all images on disk as bytes, resized and cropped; the same pixels
+    alpha_background: str = "white"       # what shows through transparent images: a name, #rrggbb or r,g,b
     skip_unreadable: bool = False         # leave unreadable images out, listed and counted
     workers: int = _free(2)               # processes that decode images, per training process
 
@@ -120,6 +126,8 @@ class DataConfig(ConfigPart):
         self.require(lambda x: 0 < x < 1, "it must lie between 0 and 1", "selection_fraction")
         self.require(lambda x: x >= 0, "it cannot be negative", "workers", "cache_views")
         self.require(lambda x: x is None or x >= 2, "there are at least 2 classes", "num_classes")
+        self.require(_is_colour, "it must be a colour: a name such as white, #rrggbb, or r,g,b of 0 to 255",
+                     "alpha_background")
         idle = not self.cache or self.augment == "none"
         self.without_effect(idle, "views of augmented images need --cache and an augmentation", "cache_views")
 
