@@ -17,8 +17,8 @@ _HOME = {
     "LLB": "models.llb",
     "LLBOutput": "models.llb",
     "LLBLoss": "models.loss",
-    "load_reference_checkpoint": "models.release",
-    "to_reference_state_dict": "models.release",
+    "load_reference_checkpoint": "models.llb",
+    "to_reference_state_dict": "models.llb",
     "load_data": "data.splits",
     "load_dataset": "data.datasets",
     "Config": "runs.config",
@@ -43,9 +43,9 @@ if TYPE_CHECKING:   # what an editor reads; a test compares it with _HOME
     from .models.heads import HeadModel as HeadModel
     from .models.llb import LLB as LLB
     from .models.llb import LLBOutput as LLBOutput
+    from .models.llb import load_reference_checkpoint as load_reference_checkpoint
+    from .models.llb import to_reference_state_dict as to_reference_state_dict
     from .models.loss import LLBLoss as LLBLoss
-    from .models.release import load_reference_checkpoint as load_reference_checkpoint
-    from .models.release import to_reference_state_dict as to_reference_state_dict
     from .runs.config import Config as Config
     from .runs.processes import attach as attach
     from .runs.processes import start as start

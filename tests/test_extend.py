@@ -159,9 +159,9 @@ def damage(folder, how):
 @pytest.mark.parametrize("how,words", [
     ("no model.safetensors", "holds no model.safetensors"), ("no config.json", "holds no config.json"),
     ("cut config.json", "is damaged"), ("cut model.safetensors", "does not hold this model's weights"),
-    ("no backbone.safetensors", "now has content"), ("cut backbone.safetensors", "backbone.safetensors"),
+    ("no backbone.safetensors", "trained with backbone weights"), ("cut backbone.safetensors", "backbone.safetensors"),
     ("version 0.1", "format 1 by llb 0.1"),
-    ("other shape", "does not hold this model's weights"), ("other backbone", "now has content")])
+    ("other shape", "does not hold this model's weights"), ("other backbone", "trained with backbone weights")])
 def test_a_folder_that_is_no_whole_model_is_refused(how, words, make_llb, tmp_path):
     make_llb().save_pretrained(tmp_path)
     damage(tmp_path, how)

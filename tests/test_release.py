@@ -8,9 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from llb.core.errors import InputError
 from llb.models.backbone import load_backbone
-from llb.models.llb import LLB
 from llb.models.loss import LLBLoss
-from llb.models.release import load_reference_checkpoint, reference_name, to_reference_state_dict
+from llb.models.llb import LLB, load_reference_checkpoint, reference_name, to_reference_state_dict
 
 FAMILIES = ["vit", "mae", "swag"]
 GOLDEN = Path(__file__).parent / "golden"

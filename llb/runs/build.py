@@ -14,8 +14,7 @@ from ..data.datasets import load_dataset
 from ..data.splits import Data
 from ..data.unreadable import refuse_unreadable, without_unreadable
 from ..models.backbone import Backbone, load_backbone
-from ..models.llb import LLB
-from ..models.release import load_reference_checkpoint
+from ..models.llb import LLB, load_reference_checkpoint
 from .config import Config, ModelConfig
 
 # %% ../../nbs/3_runs/32_build.ipynb #29461f24
