@@ -204,8 +204,6 @@ class HeadModel(_Joined, SavedModel):
         self.branch = head if isinstance(head, nn.Module) else head(backbone, num_classes)
         self.settings = dict(num_classes=num_classes, target_layer=target_layer, alpha=alpha)   # of `__init__`
         self.parts = {"head": head}                 # options that hold code of others; see `llb.models.saving`
-        self.classes: list[str]|None = None         # C names
-        self.metrics: dict|None = None              # what metrics.json holds, for the model card
         self.alpha = alpha
         self.eval()
 

@@ -401,13 +401,23 @@ class _Reporting(_Validating):
         metrics = {**report_metrics(scores, self.data.val, model.alpha, self.alpha_chosen()), "objects": usage,
                    "chosen_epoch": state.describe_best(),
                    "features": "bf16 cache" if self.config.data.cache else "images"}
-        model.metrics = metrics
+        model.metrics, model.provenance = metrics, self.provenance()
         def write(folder):
             save_predictions(folder / "predictions.safetensors", scores, model.alpha)
             model.save_pretrained(folder / "model")
         self.writer.finish(metrics, write)
         print_main(format_table(metrics))
         return metrics
+
+    def provenance(self)->dict: # for the model card
+        "How the model was trained."
+        data, optim = self.config.data, self.config.optim
+        own = data.dataset == "ImageFolder"
+        return {"dataset": self.data.train.root.resolve().name if own else data.dataset,
+                **{f"{split} images": len(images) for split, images in vars(self.data).items()},
+                "epochs": optim.epochs, "chosen epoch": self.state.best["epoch"], "optimizer": optim.opt,
+                "learning rate": optim.lr, "images a step": self.global_batch, "augmentation": data.augment,
+                "seed": self.config.run.seed}
 
     def alpha_chosen(self)->str: # in words
         if self.config.model.alpha is not None: return "was given"
