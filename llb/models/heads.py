@@ -168,7 +168,7 @@ class _Joined(Described, nn.Module):
         parts = []
         self.eval()
         for i in range(0, len(opened), batch_size):
-            decoded = [decode(x) if isinstance(x, Path) else x.convert("RGB") for _, x in opened[i:i + batch_size]]
+            decoded = [decode(x) if isinstance(x, Path) else x for _, x in opened[i:i + batch_size]]
             parts.append(self._probabilities(decoded, alpha))
         self.train(training)
         classes = self.classes or [f"class {c}" for c in range(self.settings["num_classes"])]
