@@ -18,6 +18,7 @@ from torch.nn.functional import softmax
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..core.errors import InputError
+from ..core.options import check_arguments
 from ..data.images import decode
 from .backbone import Backbone, BackboneOutput, Described
 from .objects import at_least_float32
@@ -197,8 +198,8 @@ class HeadModel(_Joined, SavedModel):
     ):
         "Raises `InputError` for a layer the backbone does not have, alpha outside 0..1, an unknown number of classes."
         super().__init__()
+        check_arguments(HeadModel.__init__, num_classes=num_classes, target_layer=target_layer, alpha=alpha)
         backbone.check(target_layer)
-        _check_alpha(alpha)
         num_classes = num_classes or backbone.num_classes
         if not num_classes:
             raise InputError(f"{backbone.name} has no class head; give the number of classes with num_classes=.")
