@@ -51,7 +51,7 @@ def test_what_has_no_effect_is_refused(values):
 
 NOT_DEFAULT = {  # a right value for options whose default says nothing about others
     "alpha": .3, "nv_weights": "x", "backbone_dtype": "bfloat16", "auto_augment": "", "t_max": 3., "milestones": (3.,),
-    "drop_path": .1, "lr_min": 5e-5, "head": "vt", "opt": "Adam", "lr_scheduler": "none"}
+    "drop_path": .1, "lr_min": 5e-5, "head": "vt", "warmup_epochs": 1., "opt": "Adam", "lr_scheduler": "none"}
 MET = {"above 0": .1}
 UNMET = {"objective": {"llb": "visual", "visual": "llb"}, "head": {"llb": "knn"}, "opt": {"SGD": "Adam"},
          "augment": {"randaugment": "none"},

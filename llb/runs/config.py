@@ -22,7 +22,7 @@ from .release_flags import translate
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
-# %% ../../nbs/3_runs/31_config.ipynb #32090a62
+# %% ../../nbs/3_runs/31_config.ipynb #6cc5b56e
 FITTED = ("knn", "logistic")                        # heads that are fitted in one go
 _TRAINED = ("llb", "linear", "ep", "aim", "alf", "vjepa2", "vt", "own")
 _BATCH_NORM = ("ep", "aim", "alf")                  # heads whose training depends on which images share a batch
@@ -45,8 +45,8 @@ NEEDS = {  # option: what others must be for it to do anything
     "cache_views": {**_LLB, "cache": (True,), "augment": ("randaugment",)},
     "local_diversity": {**_for("llb"), "diversity_weight": ("above 0",)},
     "decay_all": {"weight_decay": ("above 0",)}, "momentum": {"opt": ("SGD",)},
-    **dict.fromkeys(("epochs", "micro_batches", "opt", "lr", "weight_decay", "lr_scheduler", "warmup_epochs", "clip_grad",
-                     "compile"), {"head": _TRAINED}),
+    **dict.fromkeys(("epochs", "micro_batches", "opt", "lr", "weight_decay", "lr_scheduler", "warmup_epochs",
+                     "clip_grad", "compile"), {"head": _TRAINED}),
     "lr_min": {"lr_scheduler": _COSINE}, "t_max": {"lr_scheduler": _COSINE},
     "step_size": {"lr_scheduler": ("StepLR",)}, "milestones": {"lr_scheduler": ("MultiStepLR",)},
     "gamma": {"lr_scheduler": _DROPS},
@@ -106,7 +106,7 @@ class ModelConfig(ConfigPart):
     checkpoint: str|None = None           # a local file with the backbone's weights
     random_backbone: bool = False         # a randomly initialised backbone, to try things out
     image_size: int|tuple[int, int]|None = None  # pixels, or height and width; None for what it was trained at
-    head: Literal["llb", "linear", "knn", "logistic", "ep", "aim", "alf", "vjepa2", "vt", "own"] = "llb"  # what is trained
+    head: Literal["llb", "linear", "knn", "logistic", "ep", "aim", "alf", "vjepa2", "vt", "own"] = "llb"  # or rival
     num_objects: int = 2048               # K, latent objects
     num_layers: int = 6                   # L, counting the visual block; at least 2
     target_layer: int = 11                # the block whose tokens are used, counted from 1
@@ -209,7 +209,7 @@ class VisualConfig(ConfigPart):
         self.require(lambda x: not x or x.startswith("rand-"),
                      "only timm's RandAugment can be had, such as rand-m9-mstd0.5-inc1, or nothing", "auto_augment")
 
-# %% ../../nbs/3_runs/31_config.ipynb #d25cc2db
+# %% ../../nbs/3_runs/31_config.ipynb #b2a96822
 def _check_batch_norm(head:str, optim:OptimConfig):
     "Raise `InputError` where a head's batch norm would see other images than those of a batch, or one image alone."
     rule = f"--head {head} has a batch norm, which must see "

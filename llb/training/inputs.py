@@ -118,7 +118,7 @@ def read_visual_features(
     loader:DataLoader,  # this process's fraction of the images, over `EvalBatches`
     runtime:Runtime,
     desc:str="features" # for the progress bar
-)->tuple[torch.Tensor, torch.Tensor]: # features [n,F] in float32 and labels [n] of all images of all processes, in order
+)->tuple[torch.Tensor, torch.Tensor]: # features [n,F] in float32 and labels [n], of all processes, in order
     "What the backbone sees in each image. Raises `UnreadableImage` on all processes when one meets such an image."
     parts = []
     model.eval()
@@ -131,7 +131,7 @@ def read_visual_features(
     order = index.argsort()
     return features[order].to(runtime.device), labels[order].to(runtime.device)
 
-# %% ../../nbs/4_training/41_inputs.ipynb #1f6a60fc
+# %% ../../nbs/4_training/41_inputs.ipynb #9bf05008
 class Inputs:
     "Batches of each split for one process, as the configuration says; opens or builds the caches it names."
     def __init__(self,
