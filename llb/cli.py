@@ -88,7 +88,8 @@ def check_data(argv:list[str]): # flags of `llb train`
     data, began = list_data(config), time.monotonic()
     found = check_images(data)
     print_main("\n".join(found.values()) if found else "All images can be read.")
-    counts = [f"{sum(str(path) in found for path in p.paths)} of {len(p)} {name}" for name, p in vars(data).items()]
+    splits = {name: images.paths for name, images in vars(data).items() if len(images)}
+    counts = [f"{sum(str(path) in found for path in paths)} of {len(paths)} {name}" for name, paths in splits.items()]
     print_main(f"Unreadable: {', '.join(counts)} images; {time.monotonic() - began:.0f} s. "
                "The result is remembered for these files.")
     if found: raise SystemExit(1)

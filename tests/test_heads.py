@@ -1,4 +1,4 @@
-"""Rival heads are heads like LLB: their sizes, and the whole way from flags to a saved model that somebody else reads."""
+"""Rival heads are heads like LLB: their sizes, and the way from flags to a saved model that somebody else reads."""
 import json
 import os
 import subprocess
@@ -110,7 +110,8 @@ def test_pooling_heads_equal_their_formulas_in_training_too():
 
 def test_a_name_is_a_head_of_the_command():
     assert {*HEADS, "own"} == set(NEEDS["lr"]["head"]) | set(FITTED)
-    assert {name for name, make in HEADS.items() if isinstance(make, type) and issubclass(make, FittedHead)} == set(FITTED)
+    classes = {name: make for name, make in HEADS.items() if isinstance(make, type)}
+    assert {name for name, make in classes.items() if issubclass(make, FittedHead)} == set(FITTED)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -124,8 +125,9 @@ def test_a_configuration_makes_the_head_it_names(head):
     assert ("fitted to 60 images" in words) == (head in FITTED) and (cost.train > 0) == (head not in FITTED)
 
 
-@pytest.mark.parametrize("values", [dict(head="knn", lr=.1), dict(head="logistic", epochs=3), dict(head="ep", num_objects=3),
-                                    dict(head="alf", target_layer=3), dict(head="vjepa2", drop_path=.1),
+@pytest.mark.parametrize("values", [dict(head="knn", lr=.1), dict(head="logistic", epochs=3),
+                                    dict(head="ep", num_objects=3), dict(head="alf", target_layer=3),
+                                    dict(head="vjepa2", drop_path=.1),
                                     dict(head="vt", temperature=.2), dict(head="linear", num_layers=3),
                                     dict(head="vt", diversity_weight=.1), dict(head="aim", nv_weights="x")], ids=str)
 def test_an_option_of_another_head_is_refused(values):
@@ -136,6 +138,10 @@ def test_a_batch_norm_is_not_cut_into_micro_batches():
     for head in "ep", "aim", "alf":
         with pytest.raises(InputError, match="batch norm"): Config.of(head=head, micro_batches=2)
     assert Config.of(head="vt", micro_batches=2)
+
+
+def test_what_is_chosen_by_held_out_images_needs_some():
+    with pytest.raises(InputError, match="held out"): Config.of(head="knn", selection_fraction=0., alpha=.5)
 
 
 def test_a_head_somebody_wrote_is_not_made_by_the_command():
@@ -189,8 +195,8 @@ def test_a_saved_head_is_read_by_a_program_that_knows_nothing_of_it(tmp_path):
     backbone = load_backbone("test_vit", pretrained=False, image_size=32, num_classes=3)
     make_head_model("ep", backbone, num_queries=8).save_pretrained(tmp_path / "ep")
     fit_on_noise(make_head_model("knn", backbone)).save_pretrained(tmp_path / "knn")
-    program = ("import llb; from pathlib import Path\n"
-               f"for name in 'ep', 'knn': print(type(llb.HeadModel.from_pretrained(Path({str(tmp_path)!r}) / name).branch))")
+    program = (f"import llb; from pathlib import Path; folder = Path({str(tmp_path)!r})\n"
+               "for name in 'ep', 'knn': print(type(llb.HeadModel.from_pretrained(folder / name).branch))")
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ})
     assert "EfficientProbe" in found.stdout and "NearestNeighbours" in found.stdout, found.stderr
 
@@ -207,7 +213,8 @@ def test_own_heads_are_called_so_in_the_record(backbone, images, tmp_path):
 
     bare = load_backbone("test_vit", pretrained=False, image_size=32)
     model = HeadModel(bare, Mean, num_classes=3, target_layer=3)
-    Trainer(model, load_data(images), Config.of(epochs=1, batch_size=12, workers=0, augment="none", save_dir=tmp_path)).fit()
+    config = Config.of(epochs=1, batch_size=12, workers=0, augment="none", save_dir=tmp_path)
+    Trainer(model, load_data(images), config).fit()
     run, = tmp_path.iterdir()
     config = json.loads((run / "config.json").read_text())["config"]
     assert config["head"] == "own" and config["target_layer"] == 3 and "Mean" in run.name
