@@ -75,7 +75,7 @@ def make_visual_head(
 class Head(nn.Module):
     "Base of heads. A subclass sets `visual_head` (`make_visual_head`, or None) and `alpha`."
     alpha = 0.5
-    reads: tuple[str, ...] = ()   # what it reads besides `tokens`: fields of `BackboneOutput`, such as "visual_features"
+    reads: tuple[str, ...] = ()   # what it reads besides `tokens`, such as "visual_features" (of `BackboneOutput`)
 
     @property
     def dtype(self)->torch.dtype: # of the trained part; cached features may have another

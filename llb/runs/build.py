@@ -61,8 +61,8 @@ def new_model(
     "A backbone with the head a configuration names, freshly initialised from torch's global seed."
     alpha = 0.5 if config.alpha is None else config.alpha   # the trainer chooses another
     if config.head == "own":
-        raise InputError("head is 'own', a head that somebody wrote; build its model with HeadModel(backbone, head) and "
-                         "give it to Trainer.")
+        raise InputError("head is 'own', a head that somebody wrote; build its model with HeadModel(backbone, head) "
+                         "and give it to Trainer.")
     options = {name: getattr(config, name) for name in options_of_head(config.head)}
     return make_head_model(config.head, backbone, num_classes, alpha=alpha, **options)
 

@@ -95,6 +95,7 @@ def plan(
     processes:int=1
 )->str:
     "How long a run trains, on how many of the training images, in words."
+    if config.model.head in FITTED: return f"The head is fitted to {num_images:,} images and chosen by {held_out:,}."
     optim, total = config.optim, num_images + held_out
     batch = min(optim.batch_size * processes, num_images)
     words = f"{optim.epochs} epochs of {num_images // batch} steps, {batch} images each"
@@ -104,6 +105,7 @@ def plan(
     batch = min(optim.batch_size * processes, total)
     return f"{words}, then at most {optim.epochs} epochs of {total // batch} steps on all {total:,}."
 
+# %% ../../nbs/3_runs/33_cost.ipynb #2fe6b23b
 def preview(
     cost:Cost,
     config:Config,
@@ -119,7 +121,6 @@ def preview(
              f"About {_memory(cost, config, images) / 1e9:.1f} GB per process for weights, optimizer and {images} "
              "images at a time, in float32, besides PyTorch itself.",
              plan(config, num_images, held_out, processes)]
-    if config.model.head in FITTED: lines = [lines[0], f"The head is fitted to {num_images} images, each read once."]
     if data.cache:
         views = f", {data.cache_views} views each" if data.cache_views else ""
         size = (num_images + held_out * optim.refit) * max(1, data.cache_views) * cost.tokens

@@ -78,13 +78,14 @@ class Updates:
         images = sorted(i for theirs in gather_objects(index.tolist()) for i in theirs)
         return number, f"The gradient of step {number + 1} is not finite; its training images are {images}."
 
-# %% ../../nbs/4_training/45_step.ipynb #5a7e2b90
+# %% ../../nbs/4_training/45_step.ipynb #e4f5990c
 class FitStep:
     "Stands for the steps of a head that is fitted: an optimizer that is never asked, and nothing that is refused."
     def __init__(self, model:HeadModel): self.optimizer = torch.optim.SGD(model.branch.parameters(), 0.)
 
     def refused(self)->None: return None
 
+# %% ../../nbs/4_training/45_step.ipynb #5a7e2b90
 class TrainStep(Updates):
     "The trained part, its parallel wrapper, the objective and the optimizer: one call is one optimizer step."
     def __init__(self,

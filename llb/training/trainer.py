@@ -213,6 +213,9 @@ class _Trained:
         given = self.config.model.alpha
         return tuple(sorted({*ALPHAS, *([] if given is None else [given])}))
 
+# %% ../../nbs/4_training/46_trainer.ipynb #2b69c120
+class _Stepped(_Trained):
+    "What takes its steps, and how often it sees the images."
     @property
     def fitted(self)->bool:
         "Whether the head is fitted in one go, without gradients."
@@ -226,7 +229,7 @@ class _Trained:
         return self.step_type(self.model, self.config, self.runtime, self.loss)
 
 # %% ../../nbs/4_training/46_trainer.ipynb #739beca6
-class _Saved(_Trained):
+class _Saved(_Stepped):
     "How a run is saved and restored."
     def save(self):
         "Write a checkpoint of this step; every process takes part."
