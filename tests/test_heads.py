@@ -122,7 +122,8 @@ def test_a_configuration_makes_the_head_it_names(head):
     cost = config_cost(config.model, 3)
     assert cost.trained == sum(p.numel() for p in model.branch.parameters()) or head == "knn"
     words = preview(cost, config, 60, 10)
-    assert ("fitted to 60 images and chosen by 10" in words) == (head in FITTED) and (cost.train > 0) == (head not in FITTED)
+    assert ("fitted to 60 images and chosen by 10" in words) == (head in FITTED)
+    assert (cost.train > 0) == (head not in FITTED)
 
 
 @pytest.mark.parametrize("values", [dict(head="knn", lr=.1), dict(head="logistic", epochs=3),
