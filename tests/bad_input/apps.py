@@ -297,7 +297,6 @@ LAUNCH = {
         None,
     ),
     "attach to nothing": (lambda s: str(attach("/nope")), "/nope"),
-    "runs of nothing, in Python": (lambda s: str(runs("/nope")), "/nope"),
     "start with 0 processes": (lambda s: str(start(Config.of(save_dir=s.here), nproc=0)), "nproc"),
     "start with 1.5 processes": (lambda s: str(start(Config.of(save_dir=s.here), nproc=1.5)), "nproc"),
     "monitor of nothing": (lambda s: str(RunMonitor("/nope")), "/nope"),
@@ -329,7 +328,6 @@ A /= A.sum(-1, keepdims=True)
 PICTURE = np.zeros((30, 30, 3), np.float32)
 
 PYTHON = {
-    "an unknown name in llb": (lambda s: llb.Banana, "Banana"),
     "load_data of nothing": (lambda s: load_data("/nope"), "/nope"),
     "load_data of a number": (lambda s: load_data(3), TypeError),
     "load_data with fraction 2": (lambda s: load_data(s.images, 2), "selection_fraction"),
@@ -365,10 +363,6 @@ PYTHON = {
         "batch_size",
     ),
     "probabilities with alpha -1": (a_model(lambda m: m(torch.zeros(1, 3, 32, 32)).probabilities(alpha=-1)), "alpha"),
-    "probabilities in training": (
-        a_model(lambda m: m.train()(torch.zeros(2, 3, 32, 32)).probabilities(alpha=float("nan"))),
-        "alpha",
-    ),
     "loss with a NaN weight": (lambda s: str(LLBLoss(diversity_weight=float("nan"))), "diversity_weight"),
     "loss with a weight in words": (lambda s: str(LLBLoss(diversity_weight="much")), TypeError),
     "evaluate a string": (lambda s: evaluate("model", load_data(s.images)), "model"),
@@ -397,7 +391,6 @@ PYTHON = {
     "paired of other lengths": (lambda s: paired_difference(np.ones(3, bool), np.ones(4, bool)), "3.*4"),
     "paired of nothing": (lambda s: paired_difference(np.ones(0, bool), np.ones(0, bool)), "0|empty|at least"),
     "mcnemar of -1": (lambda s: mcnemar(-1, 3), "-1"),
-    "masks of another grid": (lambda s: masks_on_patches([np.zeros((30, 30), bool)], (0, 3)), "grid"),
     "pnmi of other shapes": (lambda s: pnmi(np.zeros((2, 9), int), np.zeros((2, 8), int)), "shape|9|8"),
     "contingency of reals": (lambda s: contingency(np.zeros(3), np.zeros(4)), "shape|3|4"),
     "scenes of a kind of nothing": (loaded(lambda d: make_scenes(d.val, 2, 64, "moon")), "moon"),
