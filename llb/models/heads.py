@@ -168,7 +168,7 @@ class _Joined(Described, nn.Module):
         parts = []
         self.eval()
         for i in range(0, len(opened), batch_size):
-            decoded = [decode(x) if isinstance(x, Path) else x.convert("RGB") for _, x in opened[i:i + batch_size]]
+            decoded = [decode(x) if isinstance(x, Path) else x for _, x in opened[i:i + batch_size]]
             parts.append(self._probabilities(decoded, alpha))
         self.train(training)
         classes = self.classes or [f"class {c}" for c in range(self.settings["num_classes"])]
@@ -204,8 +204,6 @@ class HeadModel(_Joined, SavedModel):
         self.branch = head if isinstance(head, nn.Module) else head(backbone, num_classes)
         self.settings = dict(num_classes=num_classes, target_layer=target_layer, alpha=alpha)   # of `__init__`
         self.parts = {"head": head}                 # options that hold code of others; see `llb.models.saving`
-        self.classes: list[str]|None = None         # C names
-        self.metrics: dict|None = None              # what metrics.json holds, for the model card
         self.alpha = alpha
         self.eval()
 

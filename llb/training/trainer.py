@@ -23,6 +23,7 @@ from ..core.errors import InputError
 from ..core.files import atomic
 from ..data.datasets import BUNDLED
 from ..data.image_cache import StoredImages
+from ..data.images import parse_colour
 from ..data.splits import Data
 from ..models.heads import HeadModel, HeadOutput
 from ..models.llb import LLB
@@ -73,6 +74,14 @@ def _of_data(config:DataConfig, data:Data)->DataConfig:
                          "give it once.")
     return config
 
+# %% ../../nbs/4_training/46_trainer.ipynb #d146ebfe
+def _with_background(config:DataConfig, model:HeadModel)->DataConfig:
+    "The background of transparent images that the model was built with."
+    background = model.backbone.preprocessing.background
+    if parse_colour(config.alpha_background) == background: return config
+    text = ",".join(map(str, background))
+    return _agreed(config, {"alpha_background": text}, "the model was built with")
+
 # %% ../../nbs/4_training/46_trainer.ipynb #6a619968
 def complete_config(
     config:Config|None,           # None for defaults
@@ -88,7 +97,8 @@ def complete_config(
     config = replace(config, **{owner: part for owner, part in parts.items() if part is not None})
     if (known := model.settings["num_classes"]) != len(data.classes):
         raise InputError(f"The model has {known} classes, but {data.train.root} has {len(data.classes)}.")
-    config = replace(config, model=_of_model(config.model, model), data=_of_data(config.data, data))
+    found = _with_background(_of_data(config.data, data), model)
+    config = replace(config, model=_of_model(config.model, model), data=found)
     if config.run.name or isinstance(model, LLB) or config.visual.objective == "visual": return config
     head = type(model.branch).__name__
     name = f"{config.data.dataset}-{model.backbone.name}-{head}-seed{config.run.seed}"
@@ -472,7 +482,7 @@ class _Reporting(_Ending):
         scores, usage = self.score("val")
         metrics = {**report_metrics(scores, self.data.val, model.alpha, self.alpha_chosen()), "objects": usage,
                    **self.choices(), "features": "bf16 cache" if self.config.data.cache else "images"}
-        model.metrics = metrics
+        model.metrics, model.provenance = metrics, self.provenance()
         def write(folder):
             save_predictions(folder / "predictions.safetensors", scores, model.alpha)
             model.save_pretrained(folder / "model")
@@ -485,6 +495,16 @@ class _Reporting(_Ending):
         first, data = self.state.first, self.inputs.data
         return {"chosen_epoch": first["choice"] if first else self.state.best,
                 "trained_on": {"images": len(data.train), "held_out": len(data.selection), "refit": first is not None}}
+
+    def provenance(self)->dict: # for the model card
+        "How the model was trained."
+        data, optim = self.config.data, self.config.optim
+        own = data.dataset == "ImageFolder"
+        return {"dataset": self.data.train.root.resolve().name if own else data.dataset,
+                **{f"{split} images": len(images) for split, images in vars(self.inputs.data).items()},
+                "epochs": optim.epochs, "chosen epoch": self.state.best["epoch"], "optimizer": optim.opt,
+                "learning rate": optim.lr, "images a step": self.global_batch, "augmentation": data.augment,
+                "seed": self.config.run.seed}
 
     def alpha_chosen(self)->str: # in words
         if self.config.model.alpha is not None: return "was given"
