@@ -28,14 +28,16 @@ from ..data.splits import Data
 from ..models.heads import HeadModel, HeadOutput
 from ..models.llb import LLB
 from ..models.loss import HeadLoss
+from ..models.rivals import FittedHead, head_name
 from ..models.saving import describe_backbone
 from ..models.token_cache import TokenDataset
-from ..runs.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, VisualConfig
+from ..runs.config import (Config, DataConfig, ModelConfig, OptimConfig, options_of_head, RunConfig,
+                             VisualConfig)
 from ..runs.folder import check_resumable, describe_data, RunWriter
 from .evaluate import format_table, reported_weights, report_metrics, save_predictions, score_model
-from .inputs import features_of, Inputs
+from .inputs import features_of, Inputs, read_visual_features
 from .metrics import ALPHAS, choose_alpha, measure, Scores
-from .step import TrainStep
+from .step import FitStep, TrainStep
 
 # %% ../../nbs/4_training/46_trainer.ipynb #323458a7
 def _agreed(part, fixed:dict, owner:str): # the part with these values
@@ -49,8 +51,9 @@ def _agreed(part, fixed:dict, owner:str): # the part with these values
 
 def _of_model(config:ModelConfig, model:HeadModel)->ModelConfig:
     "What a model fixes."
-    names = "num_objects", "num_layers", "target_layer", "temperature", "drop_path"
-    fixed = {name: model.settings[name] for name in names if name in model.settings}
+    head = head_name(model) if isinstance(model, HeadModel) else config.head
+    found = {**model.settings, **model.settings.get("options", {})}
+    fixed = {"head": head, **{name: found[name] for name in options_of_head(head) if name in found}}
     height, width = model.backbone.image_size
     if height == width: fixed["image_size"] = height
     named = replace(config, backbone=_backbone_name(config.backbone, model.backbone.name))
@@ -99,7 +102,7 @@ def complete_config(
         raise InputError(f"The model has {known} classes, but {data.train.root} has {len(data.classes)}.")
     found = _with_background(_of_data(config.data, data), model)
     config = replace(config, model=_of_model(config.model, model), data=found)
-    if config.run.name or isinstance(model, LLB) or config.visual.objective == "visual": return config
+    if config.run.name or config.model.head != "own": return config
     head = type(model.branch).__name__
     name = f"{config.data.dataset}-{model.backbone.name}-{head}-seed{config.run.seed}"
     return replace(config, run=replace(config.run, name=name.replace("/", "_")))
@@ -242,6 +245,14 @@ class _Trained:
         self.inputs = self.batches = self.train_loader = None                # likewise
         self.began = time.monotonic()
 
+# %% ../../nbs/4_training/46_trainer.ipynb #2b69c120
+class _Planned(_Trained):
+    "How long it trains, what takes the steps, which alphas are scored."
+    @property
+    def fitted(self)->bool:
+        "Whether the head is fitted in one go, without gradients."
+        return isinstance(self.model.branch, FittedHead)
+
     @property
     def alpha(self)->float|None: # None as long as it is to be chosen
         return self.state.first["choice"]["alpha"] if self.state.first else self.config.model.alpha
@@ -253,7 +264,8 @@ class _Trained:
 
     @property
     def epochs(self)->int: # of this phase
-        return self.state.first["choice"]["epoch"] if self.state.first else self.config.optim.epochs
+        if self.state.first: return self.state.first["choice"]["epoch"]
+        return 1 if self.fitted else self.config.optim.epochs
 
     @property
     def most_steps(self)->int: # of both phases; the second may be shorter
@@ -262,10 +274,12 @@ class _Trained:
         together = len(self.data.train) + len(self.data.selection)
         return steps + self.epochs * (together // min(self.global_batch, together))
 
-    def make_step(self)->TrainStep: return self.step_type(self.model, self.config, self.runtime, self.loss)
+    def make_step(self)->TrainStep|FitStep:
+        if self.fitted: return FitStep(self.model)
+        return self.step_type(self.model, self.config, self.runtime, self.loss)
 
 # %% ../../nbs/4_training/46_trainer.ipynb #739beca6
-class _Saved(_Trained):
+class _Saved(_Planned):
     "How a run is saved and restored."
     def save(self):
         "Write a checkpoint of this step; every process takes part."
@@ -471,8 +485,22 @@ class _Ending(_Validating):
         self.model.eval()
         run_on_main(lambda: keep_snapshot(folder, epoch, self.model, shown, self.runtime))
 
+# %% ../../nbs/4_training/46_trainer.ipynb #615c0a82
+class _Fitting(_Ending):
+    "The way to the end of the next epoch."
+    def advance(self):
+        "Train an epoch, or fit the head."
+        if not self.fitted: return self.train_epoch()
+        timer, steps = EpochTimer(0), self.batches.per_epoch
+        train, inner = (read_visual_features(self.model, self.inputs.evaluation(split), self.runtime, split)
+                        for split in ("train", "selection"))
+        chosen = self.model.branch.fit(*train, *inner)
+        self.state.step = steps
+        self.state.terms = {"loss": torch.tensor(chosen["inner_nll"] * steps, device=self.runtime.device)}
+        self.end_epoch({**timer.speed(steps, self.batches.batch_size), "fit": chosen})
+
 # %% ../../nbs/4_training/46_trainer.ipynb #e4ddd67a
-class _Reporting(_Ending):
+class _Reporting(_Fitting):
     "The end of a run that was not stopped."
     def report(self)->dict:
         "Take the epoch that was kept, score the validation split once, write the numbers, predictions and the model."
@@ -480,7 +508,8 @@ class _Reporting(_Ending):
         model.branch.load_state_dict(state.best_branch)
         model.alpha = state.best["alpha"]
         scores, usage = self.score("val")
-        metrics = {**report_metrics(scores, self.data.val, model.alpha, self.alpha_chosen()), "objects": usage,
+        fit = {"fit": state.history[0]["fit"]} if self.fitted else {}
+        metrics = {**report_metrics(scores, self.data.val, model.alpha, self.alpha_chosen()), "objects": usage, **fit,
                    **self.choices(), "features": "bf16 cache" if self.config.data.cache else "images"}
         model.metrics, model.provenance = metrics, self.provenance()
         def write(folder):
@@ -522,7 +551,7 @@ class _Refitting(_Reporting):
             self.train_phase()
 
     def train_phase(self):
-        while self.state.epochs < self.epochs and not self.stopped: self.train_epoch()
+        while self.state.epochs < self.epochs and not self.stopped: self.advance()
 
     def begin_refit(self):
         "Go back to the start, with what was chosen, on all training images."
@@ -531,8 +560,9 @@ class _Refitting(_Reporting):
         self.open_data()
         choice = self.state.first["choice"]
         self.begin("refit", choice=choice)
-        print_main(f"Chosen: {self.epochs} epochs ({choice['by']}), alpha {self.alpha:g}. Training starts again, on all "
-                   f"{len(self.inputs.data.train)} training images.")
+        count = len(self.inputs.data.train)
+        print_main(f"Chosen: {self.epochs} epochs ({choice['by']}), alpha {self.alpha:g}. Training starts again, "
+                   f"on all {count} training images.")
 
 # %% ../../nbs/4_training/46_trainer.ipynb #2ca96b5e
 class Trainer(_Refitting):
