@@ -9,7 +9,7 @@ __all__ = ['BackboneOutput', 'Described', 'FrozenWeights', 'Backbone', 'architec
 # %% ../../nbs/2_models/22_backbone.ipynb #7336933c
 import difflib, inspect, math, re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import lru_cache
 from html import escape
@@ -26,6 +26,7 @@ from ..core.errors import InputError
 from .weights import (content_hash, convert_focus, fetch, focus_file, focus_weights,
                                 layout_of, read_state_dict, StateDict, to_timm)
 from .zoo import FAMILIES, find_method, FOCUS_NAME, how_to_make, Method, METHODS
+from ..data.images import parse_colour
 from ..data.preprocessing import Preprocessing
 
 # %% ../../nbs/2_models/22_backbone.ipynb #a8958fd4
@@ -380,7 +381,8 @@ def load_backbone(
     checkpoint:str|Path|None=None,            # a local file with its weights, in any layout of `llb.models.weights`
     num_classes:int|None=None,                # classes of the data; a head for another number is left out
     image_size:int|tuple[int,int]|None=None,  # pixels, or (height, width); None for the size of its weights
-    pretrained:bool=True                      # False for random weights
+    pretrained:bool=True,                     # False for random weights
+    alpha_background:str="white"              # of transparent images; see `llb.data.images.parse_colour`
 )->Backbone:
     "Load a frozen backbone. Raises `InputError` for an unknown name, missing or wrong weights, an impossible size."
     method, arch = find_method(name), architecture(name)
@@ -391,8 +393,9 @@ def load_backbone(
         source += (f" (positions resampled from {native[0]} x {native[1]} to {size[0]} x {size[1]} pixels: "
                    f"{FAMILIES[family].rule})")
     spec = dict(name=name, checkpoint=checkpoint and str(checkpoint), num_classes=num_classes, image_size=list(size),
-                pretrained=pretrained)
-    return Backbone(vit, spec, source, _preprocessing(family, size, vit.pretrained_cfg))
+                pretrained=pretrained, alpha_background=alpha_background)
+    preprocessing = _preprocessing(family, size, vit.pretrained_cfg)
+    return Backbone(vit, spec, source, replace(preprocessing, background=parse_colour(alpha_background)))
 
 # %% ../../nbs/2_models/22_backbone.ipynb #244de121
 _PLAIN_PARTS = "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "head.weight"

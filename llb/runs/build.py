@@ -41,14 +41,15 @@ def make_data(
 # %% ../../nbs/3_runs/32_build.ipynb #3153e60b
 def make_backbone(
     config:ModelConfig,
-    num_classes:int      # C; a backbone whose head has as many keeps it
+    num_classes:int,     # C; a backbone whose head has as many keeps it
+    alpha_background:str="white" # of transparent images
 )->Backbone:
     "The frozen backbone a configuration names; a random one is announced. Raises `InputError` when it cannot be had."
     if config.random_backbone:
         print_main("WARNING: --random_backbone: the backbone is randomly initialised and knows nothing; "
                    "its numbers mean nothing.")
     backbone = load_backbone(config.backbone, config.checkpoint, num_classes, config.image_size,
-                             pretrained=not config.random_backbone)
+                             pretrained=not config.random_backbone, alpha_background=alpha_background)
     return backbone.to_bfloat16() if config.backbone_dtype == "bfloat16" else backbone
 
 def make_model(

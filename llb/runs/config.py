@@ -43,7 +43,7 @@ NEEDS = {  # option: what others must be for it to do anything
     **dict.fromkeys("""backbone checkpoint image_size dataset data_dir num_classes selection_fraction
         augment skip_unreadable workers epochs last_epoch refit batch_size micro_batches opt lr weight_decay
         lr_scheduler warmup_epochs clip_grad objective save_dir name save seed device amp compile loggers
-        log_every timeout""".split(), {}),
+        log_every timeout alpha_background""".split(), {}),
 }
 
 # %% ../../nbs/3_runs/31_config.ipynb #eff00003
@@ -105,6 +105,11 @@ class ModelConfig(ConfigPart):
         check_memory("num_objects", self.num_objects, 4 * self.num_objects * (2 * narrowest + 1), there=10**12)
 
 # %% ../../nbs/3_runs/31_config.ipynb #bb7188ac
+def _is_colour(text:str)->bool:
+    from llb.data.images import parse_colour   # needs NumPy, which help and lists can do without
+    try: return text == "white" or bool(parse_colour(text))
+    except InputError: return False
+
 @dataclass(kw_only=True)
 class DataConfig(ConfigPart):
     "The images and how they are read."
@@ -116,8 +121,13 @@ class DataConfig(ConfigPart):
     cache: bool = False                   # keep the frozen tokens on disk wherever nothing random changes them
     cache_views: int = 0                  # with cache: tokens of so many augmented views of each image, in turn
     cache_images: bool = _free(False)     # keep all images on disk as bytes, resized and cropped; the same pixels
+    alpha_background: str = "white"       # what shows through transparent images: a name, #rrggbb or r,g,b
     skip_unreadable: bool = False         # leave unreadable images out, listed and counted
     workers: int = _free(2)               # processes that decode images, per training process
+
+    def check(self):
+        rule = "it must be a colour: a name such as white, #rrggbb, or r,g,b of 0 to 255"
+        self.require(_is_colour, rule, "alpha_background")
 
 # %% ../../nbs/3_runs/31_config.ipynb #046ad4ad
 @dataclass(kw_only=True)

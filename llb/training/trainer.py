@@ -23,6 +23,7 @@ from ..core.errors import InputError
 from ..core.files import atomic
 from ..data.datasets import BUNDLED
 from ..data.image_cache import StoredImages
+from ..data.images import parse_colour
 from ..data.splits import Data
 from ..models.heads import HeadModel, HeadOutput
 from ..models.llb import LLB
@@ -70,6 +71,14 @@ def _of_data(config:DataConfig, data:Data)->DataConfig:
                          "give it once.")
     return config
 
+# %% ../../nbs/4_training/46_trainer.ipynb #d146ebfe
+def _with_background(config:DataConfig, model:HeadModel)->DataConfig:
+    "The background of transparent images that the model was built with."
+    background = model.backbone.preprocessing.background
+    if parse_colour(config.alpha_background) == background: return config
+    text = ",".join(map(str, background))
+    return _agreed(config, {"alpha_background": text}, "the model was built with")
+
 # %% ../../nbs/4_training/46_trainer.ipynb #6a619968
 def complete_config(
     config:Config|None,           # None for defaults
@@ -85,7 +94,8 @@ def complete_config(
     config = replace(config, **{owner: part for owner, part in parts.items() if part is not None})
     if (known := model.settings["num_classes"]) != len(data.classes):
         raise InputError(f"The model has {known} classes, but {data.train.root} has {len(data.classes)}.")
-    config = replace(config, model=_of_model(config.model, model), data=_of_data(config.data, data))
+    found = _with_background(_of_data(config.data, data), model)
+    config = replace(config, model=_of_model(config.model, model), data=found)
     if config.run.name or isinstance(model, LLB) or config.visual.objective == "visual": return config
     head = type(model.branch).__name__
     name = f"{config.data.dataset}-{model.backbone.name}-{head}-seed{config.run.seed}"
