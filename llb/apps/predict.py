@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Write', 'load_any', 'main']
 
-# %% ../../nbs/8_apps/88_predict.ipynb #ead709eb
+# %% ../../nbs/8_apps/88_predict.ipynb #3e9822ee
 import argparse, csv, json, os, sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -19,7 +19,7 @@ from ..core.options import check_option, require
 from ..models.heads import find_images, HeadModel, Predictions, table_of
 from ..runs.folder import RunReader
 
-# %% ../../nbs/8_apps/88_predict.ipynb #16af3589
+# %% ../../nbs/8_apps/88_predict.ipynb #4f5d41cf
 def _listed(stream:BinaryIO)->list[tuple[str, Path]]:
     "The images of a list of paths. Raises `InputError` for an empty list."
     content = stream.read()
@@ -35,7 +35,7 @@ def _images(
     "What the arguments name. Raises `InputError` for what is none."
     return [pair for word in words for pair in (_listed(stream) if word == "-" else find_images(word))]
 
-# %% ../../nbs/8_apps/88_predict.ipynb #0eccfd57
+# %% ../../nbs/8_apps/88_predict.ipynb #6069b4e7
 def load_any(
     source:str # a run folder, a saved model's folder, or a repository id of the Hugging Face hub
 )->HeadModel: # on the CPU, in eval mode
@@ -44,7 +44,7 @@ def load_any(
     if not path.is_dir() or (path / "model.safetensors").exists(): return HeadModel.from_pretrained(source)
     return RunReader(path).load_model()
 
-# %% ../../nbs/8_apps/88_predict.ipynb #9171e4b7
+# %% ../../nbs/8_apps/88_predict.ipynb #06210327
 Write = Callable[[Predictions, int], None]   # predictions, rows an image
 
 @contextmanager
@@ -71,7 +71,7 @@ def _csv(stream:TextIO)->Iterator[Write]:
         stream.flush()
     yield write
 
-# %% ../../nbs/8_apps/88_predict.ipynb #3b9a7a80
+# %% ../../nbs/8_apps/88_predict.ipynb #59b71758
 @contextmanager
 def _json(stream:TextIO)->Iterator[Write]:
     "A list of objects, one an image and rank."
@@ -87,7 +87,7 @@ def _json(stream:TextIO)->Iterator[Write]:
 
 _WRITERS = {"table": _table, "csv": _csv, "json": _json}
 
-# %% ../../nbs/8_apps/88_predict.ipynb #17e35824
+# %% ../../nbs/8_apps/88_predict.ipynb #e6447e27
 def _form(form:str|None, output:str|None)->str: # a key of `_WRITERS`
     "What to write. Raises `InputError` for a file whose name does not say."
     if form or not output: return form or "table"
@@ -107,7 +107,7 @@ def _opened(form:str, output:str|None)->Iterator[TextIO]:
     except OSError as e: raise InputError(f"--output {output} cannot be written ({e.strerror}); name another file.") from e
     with stream: yield stream
 
-# %% ../../nbs/8_apps/88_predict.ipynb #0b1348a4
+# %% ../../nbs/8_apps/88_predict.ipynb #e511a457
 def _parser()->argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "llb predict", description="Predict the classes of images: the backbone's own prediction, the label-focused one, "
@@ -124,7 +124,7 @@ def _parser()->argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
 
-# %% ../../nbs/8_apps/88_predict.ipynb #c4dfa5d1
+# %% ../../nbs/8_apps/88_predict.ipynb #902e8ccf
 def _predict(model:HeadModel, images:list[tuple[str, Path]], args:argparse.Namespace, write:Write)->int:
     "Predict and write; how many images could not be read, each of which is named on the standard error."
     unreadable = 0
@@ -143,7 +143,7 @@ def _check(args:argparse.Namespace):
     check_option("batch_size", args.batch_size, int)
     check_option("alpha", args.alpha, float | None)
 
-# %% ../../nbs/8_apps/88_predict.ipynb #0cedd5e3
+# %% ../../nbs/8_apps/88_predict.ipynb #9463897d
 @command
 def main(argv:list[str]|None=None): # the words after `llb predict`
     "Predict the classes of images. Exits with status 1 when some of them cannot be read."

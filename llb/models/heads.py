@@ -124,8 +124,8 @@ class Predictions:
         "The likeliest classes as records, for a table, a CSV file or pandas."
         found = {by: self.top(top, by) for by in self.probabilities}
         def record(i:int, rank:int)->dict:
-            cells = ((by, f"{by}_probability", *rows[i][rank]) for by, rows in found.items())
-            return {key: value for name, p_name, *pair in cells for key, value in zip((name, p_name), pair)}
+            best = {by: rows[i][rank] for by, rows in found.items()}
+            return {k: v for by, (name, p) in best.items() for k, v in ((by, name), (f"{by}_probability", round(p, 6)))}
         count = min(top, len(self.classes))
         return [{"image": name, "rank": rank + 1, **record(i, rank)}
                 for i, name in enumerate(self.images) for rank in range(count)]
@@ -142,7 +142,7 @@ class Predictions:
         rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table_of(self.rows(), self.alpha)]
         return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>" + f"<p>{escape(self._left_out())}</p>"
 
-# %% ../../nbs/2_models/25_heads.ipynb #b041b29d
+# %% ../../nbs/2_models/25_heads.ipynb #200ea5d2
 def table_of(
     rows:list[dict], # of `Predictions.rows`
     alpha:float      # for the heading of the fused prediction
@@ -171,7 +171,7 @@ def find_images(
     if not found: raise InputError(f"No image has a name like {str(images)!r}; check the pattern.")
     return list(found.values())
 
-# %% ../../nbs/2_models/25_heads.ipynb #3b8a6e14
+# %% ../../nbs/2_models/25_heads.ipynb #1e18ded0
 def _is_image(path:Path)->bool: return path.suffix.lower() in image_extensions() and not path.name.startswith(".")
 
 def _matched(path:Path)->list[tuple[str, Path]]: # what a pattern has found; `**` finds files and their folders
@@ -203,7 +203,7 @@ class _Joined(Described, nn.Module):
     def _classes(self)->list[str]: # C names
         return self.classes or [f"class {c}" for c in range(self.settings["num_classes"])]
 
-# %% ../../nbs/2_models/25_heads.ipynb #27f31bee
+# %% ../../nbs/2_models/25_heads.ipynb #0cace04b
 class _Predicting(_Joined):
     "Predictions for images that somebody points at."
     def predict(self,
