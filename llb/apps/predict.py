@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Write', 'load_any', 'main']
 
-# %% ../../nbs/8_apps/88_predict.ipynb #3e9822ee
+# %% ../../nbs/8_apps/88_predict.ipynb #4f583222
 import argparse, csv, json, os, sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -19,7 +19,7 @@ from ..core.options import check_option, require
 from ..models.heads import find_images, HeadModel, Predictions, table_of
 from ..runs.folder import RunReader
 
-# %% ../../nbs/8_apps/88_predict.ipynb #4f5d41cf
+# %% ../../nbs/8_apps/88_predict.ipynb #fb5081c2
 def _listed(stream:BinaryIO)->list[tuple[str, Path]]:
     "The images of a list of paths. Raises `InputError` for an empty list."
     content = stream.read()
@@ -35,7 +35,7 @@ def _images(
     "What the arguments name. Raises `InputError` for what is none."
     return [pair for word in words for pair in (_listed(stream) if word == "-" else find_images(word))]
 
-# %% ../../nbs/8_apps/88_predict.ipynb #6069b4e7
+# %% ../../nbs/8_apps/88_predict.ipynb #57fcb32d
 def load_any(
     source:str # a run folder, a saved model's folder, or a repository id of the Hugging Face hub
 )->HeadModel: # on the CPU, in eval mode
@@ -44,7 +44,7 @@ def load_any(
     if not path.is_dir() or (path / "model.safetensors").exists(): return HeadModel.from_pretrained(source)
     return RunReader(path).load_model()
 
-# %% ../../nbs/8_apps/88_predict.ipynb #06210327
+# %% ../../nbs/8_apps/88_predict.ipynb #82e46ecd
 Write = Callable[[Predictions, int], None]   # predictions, rows an image
 
 @contextmanager
@@ -71,7 +71,7 @@ def _csv(stream:TextIO)->Iterator[Write]:
         stream.flush()
     yield write
 
-# %% ../../nbs/8_apps/88_predict.ipynb #59b71758
+# %% ../../nbs/8_apps/88_predict.ipynb #62135242
 @contextmanager
 def _json(stream:TextIO)->Iterator[Write]:
     "A list of objects, one an image and rank."
@@ -87,7 +87,7 @@ def _json(stream:TextIO)->Iterator[Write]:
 
 _WRITERS = {"table": _table, "csv": _csv, "json": _json}
 
-# %% ../../nbs/8_apps/88_predict.ipynb #e6447e27
+# %% ../../nbs/8_apps/88_predict.ipynb #c9a37a8c
 def _form(form:str|None, output:str|None)->str: # a key of `_WRITERS`
     "What to write. Raises `InputError` for a file whose name does not say."
     if form or not output: return form or "table"
@@ -100,31 +100,33 @@ def _opened(form:str, output:str|None)->Iterator[TextIO]:
     "The file, or the standard output. Raises `InputError` for a file that cannot be written."
     exact = dict(encoding="utf-8", errors="surrogateescape")
     if output is None:
-        if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(**({"errors": "replace"} if form == "table" else exact))
+        if hasattr(sys.stdout, "reconfigure"):   # a notebook's has no encoding
+            sys.stdout.reconfigure(**({"errors": "replace"} if form == "table" else exact))
         yield sys.stdout
         return
     try: stream = open(output, "w", newline="", **exact)
-    except OSError as e: raise InputError(f"--output {output} cannot be written ({e.strerror}); name another file.") from e
+    except OSError as e:
+        raise InputError(f"--output {output} cannot be written ({e.strerror}); name another file.") from e
     with stream: yield stream
 
-# %% ../../nbs/8_apps/88_predict.ipynb #e511a457
+# %% ../../nbs/8_apps/88_predict.ipynb #a28507d1
 def _parser()->argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "llb predict", description="Predict the classes of images: the backbone's own prediction, the label-focused one, "
-        "and both fused. Images that cannot be read are named and left out.",
+        "llb predict", description="Predict the classes of images: the backbone's own prediction, the label-focused "
+        "one, and both fused. Images that cannot be read are named and left out.",
         epilog="Exit status: 0 when every image was read, 1 when some were not, 2 when nothing could be done.")
     parser.add_argument("run", metavar="RUN", help="a run folder, a saved model's folder, or a repository of the hub")
     parser.add_argument("images", nargs="+", metavar="IMAGES",
-                        help="files, folders, quoted patterns such as 'photos/**/*.jpg', or - for a list on standard input")
+                        help="files, folders, quoted patterns such as 'photos/**/*.jpg', or - for a list from stdin")
     parser.add_argument("--top", type=int, default=1, help="rows an image: its likeliest classes")
     parser.add_argument("--format", choices=list(_WRITERS), help="table by default, or what --output ends in")
     parser.add_argument("--output", metavar="FILE", help="write to this .csv or .json file")
-    parser.add_argument("--alpha", type=float, help="weight of the visual prediction, 0..1; without it, the model's own")
+    parser.add_argument("--alpha", type=float, help="weight of the visual prediction, 0..1; by default the model's own")
     parser.add_argument("--batch_size", type=int, default=32, help="images at a time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
 
-# %% ../../nbs/8_apps/88_predict.ipynb #902e8ccf
+# %% ../../nbs/8_apps/88_predict.ipynb #f63a27e7
 def _predict(model:HeadModel, images:list[tuple[str, Path]], args:argparse.Namespace, write:Write)->int:
     "Predict and write; how many images could not be read, each of which is named on the standard error."
     unreadable = 0
@@ -143,7 +145,7 @@ def _check(args:argparse.Namespace):
     check_option("batch_size", args.batch_size, int)
     check_option("alpha", args.alpha, float | None)
 
-# %% ../../nbs/8_apps/88_predict.ipynb #9463897d
+# %% ../../nbs/8_apps/88_predict.ipynb #4298b098
 @command
 def main(argv:list[str]|None=None): # the words after `llb predict`
     "Predict the classes of images. Exits with status 1 when some of them cannot be read."
@@ -151,7 +153,8 @@ def main(argv:list[str]|None=None): # the words after `llb predict`
     _check(args)
     form = _form(args.format, args.output)
     images = _images(args.images, sys.stdin.buffer if "-" in args.images else None)
-    with redirect_stdout(sys.stderr): model = load_any(args.run).to(pick_device(args.device))   # rows are alone in stdout
+    with redirect_stdout(sys.stderr):   # where nothing but rows is written
+        model = load_any(args.run).to(pick_device(args.device))
     with _opened(form, args.output) as stream, _WRITERS[form](stream) as write:
         unreadable = _predict(model, images, args, write)
     if unreadable == len(images): raise InputError(f"None of the {len(images)} images can be read.")

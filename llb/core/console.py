@@ -35,7 +35,7 @@ def print_main(
     "Print a line for a person, once, whatever the number of processes."
     if rank() == 0: tqdm.write(message)
 
-# %% ../../nbs/0_core/03_console.ipynb #afdf834d
+# %% ../../nbs/0_core/03_console.ipynb #686e2355
 def printable(
     text:str # any, also of bytes that are no UTF-8
 )->str:
@@ -46,7 +46,7 @@ def columns_of(text:str)->int: # of a terminal
     "How wide text is when it is printed."
     return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
 
-# %% ../../nbs/0_core/03_console.ipynb #94d47387
+# %% ../../nbs/0_core/03_console.ipynb #b873bb08
 def _cut(text:str, width:int, end:bool)->str: # exactly `width` columns
     "Shorten or fill; `end` keeps the end."
     if columns_of(text) <= width: return text + " " * (width - columns_of(text))
@@ -62,7 +62,7 @@ def text_table(
     rows:list[list[str]],  # cells; all rows of one length
     width:int|None=None    # columns at most; None for those of the terminal, if it is printed on one
 )->str:
-    "Rows as text with aligned columns. Of cells that are too long the first of a row keeps its end, others their start."
+    "Rows as text with aligned columns. Of what is too long, the first of a row keeps its end, others their start."
     if width is None and sys.stdout.isatty(): width = shutil.get_terminal_size().columns
     cells = [[printable(cell) for cell in row] for row in rows]
     widths = _widths(cells, width or float("inf"))

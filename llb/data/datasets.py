@@ -255,8 +255,8 @@ def _folder_of(name:str, data_dir:str|Path|None)->Path:
     if dataset_name(name) != "openclipart":
         raise InputError(f"--dataset {name} needs --data_dir, the folder that holds it.")
     if not BUNDLED.is_dir():
-        raise InputError(f"The bundled images are gone: there is no folder {BUNDLED}. Install the package again, or use "
-                         "a folder of your own (--dataset ImageFolder).")
+        raise InputError(f"The bundled images are gone: there is no folder {BUNDLED}. Install the package again, or "
+                         "use a folder of your own (--dataset ImageFolder).")
     return BUNDLED
 
 # %% ../../nbs/1_data/12_datasets.ipynb #fafefe85

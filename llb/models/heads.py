@@ -79,6 +79,7 @@ def make_visual_head(
 class Head(nn.Module):
     "Base of heads. A subclass sets `visual_head` (`make_visual_head`, or None) and `alpha`."
     alpha = 0.5
+    reads: tuple[str, ...] = ()   # what it reads besides `tokens`, such as "visual_features" (of `BackboneOutput`)
 
     @property
     def dtype(self)->torch.dtype: # of the trained part; cached features may have another
@@ -96,7 +97,7 @@ class Head(nn.Module):
     @property
     def needs_visual(self)->bool:
         "Whether training needs the backbone's last features; else the backbone stops after `target_layer`."
-        return self.visual_head is not None
+        return self.visual_head is not None or bool(self.reads)
 
 # %% ../../nbs/2_models/25_heads.ipynb #08c4c06f
 @dataclass(repr=False)
@@ -142,7 +143,7 @@ class Predictions:
         rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table_of(self.rows(), self.alpha)]
         return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>" + f"<p>{escape(self._left_out())}</p>"
 
-# %% ../../nbs/2_models/25_heads.ipynb #200ea5d2
+# %% ../../nbs/2_models/25_heads.ipynb #7cb34bce
 def table_of(
     rows:list[dict], # of `Predictions.rows`
     alpha:float      # for the heading of the fused prediction
@@ -171,7 +172,7 @@ def find_images(
     if not found: raise InputError(f"No image has a name like {str(images)!r}; check the pattern.")
     return list(found.values())
 
-# %% ../../nbs/2_models/25_heads.ipynb #1e18ded0
+# %% ../../nbs/2_models/25_heads.ipynb #65e2df58
 def _is_image(path:Path)->bool: return path.suffix.lower() in image_extensions() and not path.name.startswith(".")
 
 def _matched(path:Path)->list[tuple[str, Path]]: # what a pattern has found; `**` finds files and their folders
@@ -194,7 +195,8 @@ class _Joined(Described, nn.Module):
     def features(self, images:Tensor)->BackboneOutput: # images [B,3,H,W] normalised by backbone.transform()
         "The frozen half: tokens of `target_layer`, and the visual side when it is needed."
         visual = not self.training or getattr(self.branch, "needs_visual", True)
-        return self.backbone(images, self.target_layer, visual=visual)
+        layers = "layer_tokens" in getattr(self.branch, "reads", ())
+        return self.backbone(images, self.target_layer, visual=visual, layers=layers)
 
     def forward(self, images:Tensor)->HeadOutput: # images [B,3,H,W] normalised by backbone.transform()
         "Both predictions."
@@ -203,8 +205,32 @@ class _Joined(Described, nn.Module):
     def _classes(self)->list[str]: # C names
         return self.classes or [f"class {c}" for c in range(self.settings["num_classes"])]
 
-# %% ../../nbs/2_models/25_heads.ipynb #0cace04b
-class _Predicting(_Joined):
+# %% ../../nbs/2_models/25_heads.ipynb #49c60090
+class _Reading(_Joined):
+    "From images to probabilities."
+    def _read(self, images:list[Path|Image.Image])->tuple[dict[int, Tensor], dict[int, str]]:
+        "Position -> image [3,H,W], and position -> why there is none."
+        transform = self.backbone.transform()
+        def read(image):
+            try: return transform(decode(image) if isinstance(image, Path) else image)
+            except (InputError, OSError) as e: return str(e).partition("; ")[0]   # what to do in training is left out
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            found = dict(enumerate(threads.map(read, images)))
+        unreadable = {i: x for i, x in found.items() if isinstance(x, str)}
+        return {i: x for i, x in found.items() if i not in unreadable}, unreadable
+
+    @torch.no_grad()
+    def _probabilities(self, images:Tensor, alpha:float)->dict[str, Tensor]: # [B,C] each, on the CPU
+        "What each prediction gives in eval mode; the label-focused one alone for heads without visual logits."
+        like, training = next(self.branch.parameters()), self.training
+        out = self.eval()(images.to(like.device, like.dtype))
+        self.train(training)
+        label = softmax(at_least_float32(out.label_logits), -1).cpu()
+        if out.visual_logits is None: return {"label": label}
+        return {"visual": out.probabilities(1.0).cpu(), "label": label, "fused": out.probabilities(alpha).cpu()}
+
+# %% ../../nbs/2_models/25_heads.ipynb #2ed76208
+class _Predicting(_Reading):
     "Predictions for images that somebody points at."
     def predict(self,
         images,                 # a path, a folder, a pattern such as "photos/**/*.jpg", a PIL image, or a list of these
@@ -234,26 +260,6 @@ class _Predicting(_Joined):
             yield Predictions([names[i] for i in tensors], self._classes(), found, alpha,
                               {names[i]: why for i, why in unreadable.items()})
 
-    def _read(self, images:list[Path|Image.Image])->tuple[dict[int, Tensor], dict[int, str]]:
-        "Position -> image [3,H,W], and position -> why there is none."
-        transform = self.backbone.transform()
-        def read(image):
-            try: return transform(decode(image) if isinstance(image, Path) else image)
-            except (InputError, OSError) as e: return str(e).partition("; ")[0]   # what to do in training is left out
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads: found = dict(enumerate(threads.map(read, images)))
-        unreadable = {i: x for i, x in found.items() if isinstance(x, str)}
-        return {i: x for i, x in found.items() if i not in unreadable}, unreadable
-
-    @torch.no_grad()
-    def _probabilities(self, images:Tensor, alpha:float)->dict[str, Tensor]: # [B,C] each, on the CPU
-        "What each prediction gives in eval mode; the label-focused one alone for heads without visual logits."
-        like, training = next(self.branch.parameters()), self.training
-        out = self.eval()(images.to(like.device, like.dtype))
-        self.train(training)
-        label = softmax(at_least_float32(out.label_logits), -1).cpu()
-        if out.visual_logits is None: return {"label": label}
-        return {"visual": out.probabilities(1.0).cpu(), "label": label, "fused": out.probabilities(alpha).cpu()}
-
 # %% ../../nbs/2_models/25_heads.ipynb #5c7e2f1b
 class HeadModel(_Predicting, SavedModel):
     "A frozen backbone and a head that trains on its features; in eval mode when it is made."
@@ -262,7 +268,8 @@ class HeadModel(_Predicting, SavedModel):
         head:nn.Module|Callable,    # a head, or what makes one from (backbone, num_classes)
         num_classes:int|None=None,  # C; needed when the backbone has no class head
         target_layer:int=11,        # 1..depth, the block whose tokens are used
-        alpha:float=0.5             # 0..1, weight of the visual prediction
+        alpha:float=0.5,            # 0..1, weight of the visual prediction
+        options:dict|None=None      # JSON-able; more arguments of what makes the head
     ):
         "Raises `InputError` for a layer the backbone does not have, alpha outside 0..1, an unknown number of classes."
         super().__init__()
@@ -272,8 +279,9 @@ class HeadModel(_Predicting, SavedModel):
         if not num_classes:
             raise InputError(f"{backbone.name} has no class head; give the number of classes with num_classes=.")
         self.backbone, self.target_layer = backbone, target_layer
-        self.branch = head if isinstance(head, nn.Module) else head(backbone, num_classes)
+        self.branch = head if isinstance(head, nn.Module) else head(backbone, num_classes, **(options or {}))
         self.settings = dict(num_classes=num_classes, target_layer=target_layer, alpha=alpha)   # of `__init__`
+        if options: self.settings["options"] = options
         self.parts = {"head": head}                 # options that hold code of others; see `llb.models.saving`
         self.alpha = alpha
         self.eval()
