@@ -108,7 +108,7 @@ def _is_event(found)->bool:
     if not isinstance(found, dict) or not isinstance(found.get("kind"), str): return False
     if not all(isinstance(found.get(name), (int, float)) for name in ("time", "step")): return False
     if found["kind"] == "end": return isinstance(found.get("reason"), str)
-    if found["kind"] not in ("start", "resume"): return True
+    if found["kind"] not in ("start", "resume", "refit"): return True
     return all(isinstance(found.get(name), int) and found[name] > 0 for name in ("per_epoch", "epochs"))
 
 def _event(line:bytes)->dict|None: # None for what is none
@@ -140,6 +140,7 @@ def _without_undone(
     for event in events:
         if event["kind"] == "start": kept = []
         if event["kind"] == "resume": kept = [e for e in kept if e["step"] <= event["step"]]
+        if event["kind"] == "refit": kept = [e for e in kept if e["kind"] != "refit"]   # it began at the same step
         kept.append(event)
     return kept
 
@@ -167,7 +168,8 @@ def environment()->dict: # JSON-able
 def describe_data(data:Data)->dict: # JSON-able
     "Which images a run reads. It asks the disk for every file, so one process does it, once."
     splits = {name: {"images": len(p), "fingerprint": p.fingerprint()} for name, p in vars(data).items()}
-    return {"classes": list(data.classes), "splits": splits, "train_names": data.train.fingerprint(sizes=False)}
+    names = {f"{name}_names": getattr(data, name).fingerprint(sizes=False) for name in ("train", "selection")}
+    return {"classes": list(data.classes), "splits": splits, **names}
 
 # %% ../../nbs/3_runs/36_folder.ipynb #0a928b1f
 def check_resumable(
@@ -186,7 +188,8 @@ def check_resumable(
     if saved["classes"] != about_data["classes"]:
         raise InputError(f"The checkpoint knows {len(saved['classes'])} classes, the data set has "
                          f"{len(about_data['classes'])}, or they differ in name.")
-    if saved["images"] != about_data["train_names"]:
+    selection = about_data["selection_names"]
+    if (saved["images"], saved.get("selection", selection)) != (about_data["train_names"], selection):
         raise InputError("The training images are not those the run was started with; resume it with them, "
                          "or start another.")
     if saved["fingerprint"] != about_data["splits"]["train"]["fingerprint"]:
