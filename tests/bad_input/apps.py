@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from markupsafe import Markup
 
-import llb
 from llb.analysis.build import index_run, load_run
 from llb.analysis.catalog import Catalog, find_objects, predictions
 from llb.analysis.effects import mean_embedding
 from llb.analysis.index import open_index
-from llb.analysis.masks import contingency, masks_on_patches, pnmi
+from llb.analysis.masks import contingency, pnmi
 from llb.analysis.scenes import make_scenes
 from llb.analysis.similarity import cosines, similarity
 from llb.analysis.usage import association, exemplars
@@ -29,7 +28,7 @@ from llb.plots.galleries import sheet, tile
 from llb.plots.maps import plot_assignment_map, plot_soft_map
 from llb.runs.config import Config
 from llb.runs.folder import RunReader
-from llb.runs.processes import attach, runs, start
+from llb.runs.processes import attach, start
 from llb.study.statistics import mcnemar, paired_difference
 from llb.training.evaluate import evaluate
 from llb.training.trainer import Trainer
