@@ -50,19 +50,22 @@ def _device_parser(name:str, about:str)->argparse.ArgumentParser:
 
 @command
 def evaluate(argv:list[str]):
-    "Score finished runs on their validation splits."
+    "Score finished runs and saved models, and write the numbers into their folders."
     parser = _device_parser("evaluate", evaluate.__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="a run folder, or a folder or repository of save_pretrained")
+    add("--dataset", help="as for llb train; without it and --data_dir, the run's own images")
+    add("--data_dir", help="class folders, or train/ and val/ with such; matched with the model's classes by name")
+    add("--split", help="all, val, train or selection; without it, val where it lies beside train, else all")
+    add("--skip_unreadable", action="store_true", help="leave unreadable images out, listed and counted")
+    add("--name", help="of the folder in evaluations/; without it, data set and split")
+    add("--results", metavar="CSV", help="append a row for each model, in timm's columns and ours")
+    add("--batch_size", type=int, help="images at once; without it, as the run had them")
+    add("--workers", type=int, help="processes that decode images; without it, as the run had them")
+    args = vars(parser.parse_args(argv))
     from llb.core.distributed import start_runtime
-    from llb.core.console import print_main
-    from llb.runs.folder import RunReader
-    from llb.training.evaluate import evaluate as score
-    for folder in args.runs:
-        run = RunReader(folder)
-        with start_runtime(args.device, run.config.run.amp) as runtime:
-            found = score(run.load_model(), run.load_data(), args.alpha, run.config, runtime)
-            print_main(f"{folder}\n{found}")
+    from llb.training.evaluations import evaluate_runs
+    with start_runtime(args.pop("device")) as runtime: evaluate_runs(args.pop("runs"), runtime, **args)
 
 @command
 def predict(argv:list[str]):

@@ -19,6 +19,7 @@ from ..core.distributed import raise_everywhere, run_on_main, Runtime
 from ..core.errors import InputError
 from ..core.files import read_json, write_json
 from ..data.splits import Data
+from ..models.heads import HeadModel
 from ..models.llb import LLB
 from ..models.saving import describe_backbone
 from .build import make_data
@@ -303,8 +304,10 @@ class RunReader(_RecordReader):
                              "finish it with `llb train --resume`.")
         return self
 
-    def load_model(self)->LLB: # on the CPU, in eval mode
-        "The chosen model. Raises `InputError` when the run has left none."
+    def load_model(self,
+        kind:type[HeadModel]=LLB # what it must be
+    )->HeadModel: # on the CPU, in eval mode
+        "The chosen model. Raises `InputError` when the run has left none, or one of another kind."
         if self._model is None:
             folder = self.folder / "model"
             if (objective := self.config.visual.objective) == "visual":
@@ -313,7 +316,7 @@ class RunReader(_RecordReader):
             if not (folder / "model.safetensors").is_file():
                 raise InputError(f"{str(self.folder)!r} holds no trained model (model/model.safetensors); "
                                  "finish the run.")
-            self._model = LLB.from_pretrained(folder)
+            self._model = kind.from_pretrained(folder)
         return self._model
 
     def load_data(self)->Data:
