@@ -17,6 +17,7 @@ COMMANDS = {  # name: (module and function that takes the words after it, what i
     "train": ("llb.train:main", "train LLB on a frozen backbone (also: torchrun -m llb.train)"),
     "evaluate": ("llb.cli:evaluate", "score finished runs once more, at any alpha"),
     "predict": ("llb.cli:predict", "predict the classes of images with a finished run"),
+    "compare": ("llb.study.compare:main", "compare heads over data sets and seeds, as a study file says"),
     "report": ("llb.apps.report:main", "write the report of a finished run"),
     "launch": ("llb.runs.launch:main", "start, list, watch and stop runs that go on by themselves"),
     "recipes": ("llb.cli:recipes", "list the paper's systems as recipes, with their cost"),

@@ -53,7 +53,7 @@ def train(
             config = config.but(resume=True, overwrite=False)
         data = make_data(config)
         torch.manual_seed(config.run.seed)
-        backbone = main_first(lambda: make_backbone(config.model, len(data.classes)))
+        backbone = main_first(lambda: make_backbone(config.model, len(data.classes), config.data.alpha_background))
         return _fit(config, data, backbone, runtime)
 
 # %% ../nbs/90_train.ipynb #42e12995

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUNDLED', 'SPLITS', 'read_imagenet', 'read_places365', 'read_inat18', 'dataset_name', 'dataset_folder',
-           'load_dataset', 'guess_dataset', 'load_split', 'imagenet_index', 'real_labels']
+           'load_dataset', 'check_split', 'guess_dataset', 'load_split', 'imagenet_index', 'real_labels']
 
 # %% ../../nbs/1_data/12_datasets.ipynb #d42bc880
 import hashlib, json, os, re
@@ -290,6 +290,10 @@ def load_dataset(
 # %% ../../nbs/1_data/12_datasets.ipynb #2d9277d2
 SPLITS = ("all", "val", "train", "selection")
 
+def check_split(split:str|None):
+    "Raise `InputError` for an unknown split."
+    if split not in (None, *SPLITS): raise InputError(f"There is no split {split!r}; choose {', '.join(SPLITS)}.")
+
 def guess_dataset(
     root:Path # holds images
 )->str: # a name for `load_split`
@@ -340,7 +344,7 @@ def load_split(
     seed:int=0
 )->tuple[ImageList, str]: # and the name of the split
     "The images to evaluate a model on. Raises `InputError` for an unknown split, and as `load_dataset` does."
-    if split not in (None, *SPLITS): raise InputError(f"There is no split {split!r}; choose {', '.join(SPLITS)}.")
+    check_split(split)
     official, root = _OFFICIAL.get(dataset_name(name)), dataset_folder(name, data_dir)
     if not root.is_dir(): raise InputError(f"There is no folder {str(root)!r}; --data_dir must name one with images.")
     if split in ("train", "selection"): whole = None

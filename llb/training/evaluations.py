@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'Subject', 'open_subject', 'subject_of', 'choose_images', 'default_name', 'check_place', 'result_row',
            'check_results', 'append_result', 'evaluate_subject', 'evaluate_config', 'evaluate_runs']
 
-# %% ../../nbs/4_training/48_evaluations.ipynb #bfb4e7fa
+# %% ../../nbs/4_training/48_evaluations.ipynb #c2b38d1a
 import csv, re, tempfile
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,19 +18,19 @@ from ..core.console import print_main
 from ..core.distributed import main_first, run_on_main, Runtime
 from ..core.errors import InputError
 from ..core.files import read_json
-from ..data.datasets import dataset_name, dataset_folder, guess_dataset, load_split
+from ..data.datasets import check_split, dataset_folder, dataset_name, guess_dataset, load_split
 from ..data.images import ImageList
 from ..data.unreadable import find_unreadable
 from ..models.backbone import load_backbone
 from ..models.heads import HeadModel
 from ..models.saving import check_same, trained_with
 from ..runs.build import make_backbone, make_data, make_model, trained_classes
-from ..runs.config import Config, ModelConfig
+from ..runs.config import Config, ModelConfig, options_of_head
 from ..runs.folder import RunReader
 from .evaluate import evaluate, Evaluation
 from .finetune import BACKBONE, VisualModel
 
-# %% ../../nbs/4_training/48_evaluations.ipynb #c592418c
+# %% ../../nbs/4_training/48_evaluations.ipynb #25af1e10
 @dataclass
 class Subject:
     "A model, and where it comes from."
@@ -49,7 +49,7 @@ def _is_run(folder:Path)->bool:
     try: return "config" in read_json(folder / "config.json")
     except (OSError, ValueError, TypeError): return False
 
-# %% ../../nbs/4_training/48_evaluations.ipynb #519c9a66
+# %% ../../nbs/4_training/48_evaluations.ipynb #a100f695
 def _place(source:str, save_dir:str="runs")->Path:
     "The folder for the evaluations of a model that no run folder holds."
     folder = Path(source)
@@ -57,10 +57,11 @@ def _place(source:str, save_dir:str="runs")->Path:
 
 def _visual_model(run:RunReader)->VisualModel:
     "The backbone a run has trained. Raises `InputError` when it has left none."
-    file, config, classes = run.folder / BACKBONE, run.config.model, list(run.classes)
+    file, config, classes = run.folder / BACKBONE, run.config, list(run.classes)
     if not file.is_file():
         raise InputError(f"{str(run.folder)!r} holds no trained backbone ({BACKBONE}); finish the run.")
-    backbone = load_backbone(config.backbone, file, len(classes), config.image_size)
+    backbone = load_backbone(config.model.backbone, file, len(classes), config.model.image_size,
+                             alpha_background=config.data.alpha_background)
     model = VisualModel(backbone, len(classes))
     model.classes, model.alpha = classes, 1.0
     shown = {name: value for name, value in run.about["backbone"].get("preprocessing", {}).items()}
@@ -76,14 +77,19 @@ def open_subject(
         return Subject(source, HeadModel.from_pretrained(source), _place(source))
     run = RunReader(folder)
     visual = run.config.visual.objective == "visual"
-    model = _visual_model(run) if visual else run.load_model(HeadModel)
+    model = _visual_model(run) if visual else run.load_model()
     return Subject(source, model, folder / "evaluations", run)
 
-# %% ../../nbs/4_training/48_evaluations.ipynb #e9314a8e
+# %% ../../nbs/4_training/48_evaluations.ipynb #e6294782
 def _said(config:Config)->dict: # by the names of `trained_with`
     "What the flags say of a head."
-    sizes = {name: getattr(config.model, name) for name in ("num_objects", "num_layers", "target_layer", "temperature")}
-    return sizes | {"num_classes": config.data.num_classes}
+    names = [name for name in options_of_head(config.model.head) if name != "drop_path"]
+    return {name: getattr(config.model, name) for name in names} | {"num_classes": config.data.num_classes}
+
+def _check_record(run:RunReader, config:Config):
+    "Raise `InputError` for flags that contradict a run, and leave no trace in the model that is loaded."
+    def named(c): return {"head": c.model.head, "alpha_background": c.data.alpha_background}
+    check_same(named(run.config), named(config), run.folder)
 
 def subject_of(config:Config)->Subject:
     "The model that a configuration names, the run's or that of `nv_weights`. Raises `InputError` where it differs."
@@ -93,16 +99,18 @@ def subject_of(config:Config)->Subject:
                          "--save_dir, or a model with --nv_weights.")
     torch.manual_seed(config.run.seed)
     classes = trained_classes(source)
-    backbone = main_first(lambda: make_backbone(config.model, classes))
+    backbone = main_first(lambda: make_backbone(config.model, classes, config.data.alpha_background))
     if config.model.nv_weights:
         model = make_model(config.model, backbone, classes)
         check_same(trained_with(model), {"num_classes": config.data.num_classes}, source)
         return Subject(source, model, _place(source, config.run.save_dir))
     model = HeadModel.from_pretrained(source, backbone=backbone)
     check_same(trained_with(model), _said(config), source)
-    return Subject(str(run), model, run / "evaluations", RunReader(run) if _is_run(run) else None)
+    record = RunReader(run) if _is_run(run) else None
+    if record: _check_record(record, config)
+    return Subject(str(run), model, run / "evaluations", record)
 
-# %% ../../nbs/4_training/48_evaluations.ipynb #c890e0ad
+# %% ../../nbs/4_training/48_evaluations.ipynb #7032816c
 def _is_own(config:Config|None, dataset:str|None, data_dir:str|None)->bool:
     "Whether the images are those of the run."
     if config is None: return False
@@ -121,7 +129,7 @@ def _without_unreadable(images:ImageList)->tuple[ImageList, int]: # and how many
     for reason in found.values(): print_main(f"Left out: {reason}")
     return images.take([i for i, path in enumerate(images.paths) if str(path) not in found]), len(found)
 
-# %% ../../nbs/4_training/48_evaluations.ipynb #268442c7
+# %% ../../nbs/4_training/48_evaluations.ipynb #e86379f7
 def choose_images(
     config:Config|None,         # of the run that trained the model
     dataset:str|None=None,      # None for the run's own, or the layout of `data_dir`
@@ -130,6 +138,7 @@ def choose_images(
     skip_unreadable:bool=False  # leave unreadable images out
 )->tuple[ImageList, dict]: # and what they are: data set, folder, split, whether they are the run's, fingerprint
     "The images to score a model on. Raises `InputError` when there are none, or nobody says which."
+    check_split(split)
     own = _is_own(config, dataset, data_dir)
     if config is None and dataset is None and data_dir is None:
         raise InputError("A saved model does not know where images are; name some with --data_dir or --dataset.")
@@ -143,7 +152,7 @@ def choose_images(
              "fingerprint": run_on_main(images.fingerprint), "left_out": left_out}
     return images, about
 
-# %% ../../nbs/4_training/48_evaluations.ipynb #d6cb7411
+# %% ../../nbs/4_training/48_evaluations.ipynb #ea00bf36
 def default_name(about:dict)->str: # of `choose_images`
     "What an evaluation is called, by data set and split."
     plain = dataset_name(about["dataset"])
@@ -166,7 +175,7 @@ def check_place(
         raise InputError(f"Evaluations cannot be written to {str(folder.parent)!r} ({e.strerror}); make it a folder "
                          "that can be written, or copy the model to one.") from e
 
-# %% ../../nbs/4_training/48_evaluations.ipynb #9284c189
+# %% ../../nbs/4_training/48_evaluations.ipynb #4e410342
 COLUMNS = ["model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation",
            "n", "dataset", "split", "alpha", "visual_top1", "label_top1", "fused_top1", "masked_top1", "real_top1"]
 
@@ -193,7 +202,7 @@ def result_row(
     each["real_top1"] = metrics.get("imagenet_real", {}).get(by)
     return row | {name: _percent(value) for name, value in each.items()}
 
-# %% ../../nbs/4_training/48_evaluations.ipynb #d4e4e482
+# %% ../../nbs/4_training/48_evaluations.ipynb #4409db9f
 def check_results(path:Path):
     "Raises `InputError` for a file in a folder that is not there, or with other columns."
     if not path.parent.is_dir():
@@ -216,7 +225,7 @@ def append_result(path:Path, row:dict):
             table.writerow(row)
     except OSError as e: raise InputError(f"{str(path)!r} cannot be written ({e.strerror}).") from e
 
-# %% ../../nbs/4_training/48_evaluations.ipynb #2850b62e
+# %% ../../nbs/4_training/48_evaluations.ipynb #948ebe1c
 def _note_changes(subject:Subject, about:dict, metrics:dict):
     "Say what a reader of the table must know of its images."
     kept = (subject.run.metrics.get("seen") or {}).get("fingerprint") if subject.run else None
@@ -254,7 +263,7 @@ def evaluate_subject(
     print_main(f"Wrote {folder}")
     return found
 
-# %% ../../nbs/4_training/48_evaluations.ipynb #35662139
+# %% ../../nbs/4_training/48_evaluations.ipynb #abba9116
 def evaluate_config(config:Config, runtime:Runtime)->Evaluation:
     "What `llb train --eval` does. Raises `InputError` as `subject_of` and `choose_images` do."
     subject, d = subject_of(config), config.data
