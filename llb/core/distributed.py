@@ -8,7 +8,7 @@ __all__ = ['Runtime', 'pick_device', 'start_runtime', 'world_size', 'rank', 'bar
            'end_with_parent']
 
 # %% ../../nbs/0_core/01_distributed.ipynb #92f39f37
-import os, signal, threading, time, uuid
+import os, re, signal, threading, time, uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +43,10 @@ def pick_device(
     name:str="auto", # "auto", "cpu", "cuda", "cuda:1", ...
     local_rank:int=0 # which of this machine's GPUs, when `name` leaves it open
 )->torch.device:
-    "The device a process uses; `auto` means CUDA where there is one. Raises `InputError` for a GPU that isn't there."
+    """The device a process uses; `auto` means CUDA where there is one.
+    Raises `InputError` for a GPU that isn't there, and other devices."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise InputError(f"device is {name!r}, but there are auto, cpu, cuda and cuda:N.")
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type != "cuda": return device

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..core.console import print_main
 from ..core.errors import InputError
+from ..core.options import check_arguments
 from .weights import (content_hash, convert_focus, fetch, focus_file, focus_weights,
                                 layout_of, read_state_dict, StateDict, to_timm)
 from .zoo import FAMILIES, find_method, FOCUS_NAME, how_to_make, Method, METHODS
@@ -116,6 +117,9 @@ class _SizedBackbone(Described, FrozenWeights):
         "Raise `InputError` for a layer the backbone does not have, or images of another size."
         if not 1 <= layer <= self.depth:
             raise InputError(f"target_layer is {layer}, but {self.name} has blocks 1 to {self.depth}.")
+        if images is not None and (images.ndim != 4 or images.shape[1] != 3):
+            raise InputError(f"Images have shape {tuple(images.shape)}; give a batch [B,3,H,W], as of "
+                             "backbone.transform() and torch.stack.")
         if images is not None and tuple(images.shape[-2:]) != self.image_size:
             raise InputError(f"Images are {images.shape[-2]} x {images.shape[-1]} pixels, but {self.name} was loaded "
                              f"for {self.image_size[0]} x {self.image_size[1]}: use backbone.transform(), "
@@ -178,6 +182,12 @@ class Backbone(_SizedBackbone):
 # %% ../../nbs/2_models/22_backbone.ipynb #06cf827d
 _FOCUS_ARCHITECTURE = "vit_small_patch14_dinov2"
 
+def _is_known(name:str)->bool:
+    "Whether timm has a model of that name and, where the name has one, of that tag."
+    if not timm.is_model(name): return False
+    try: return timm.get_pretrained_cfg(name) is not None
+    except RuntimeError: return False
+
 def architecture(
     name:str # of a method of the release, the embedded backbone, or a timm model with or without tag
 )->str: # a name timm can build
@@ -185,7 +195,7 @@ def architecture(
     if method := find_method(name): return method.architecture
     if name == FOCUS_NAME: return _FOCUS_ARCHITECTURE
     plain = re.sub(r"^(hf[-_]hub:)?timm/", "", name)
-    if timm.is_model(plain): return plain
+    if _is_known(plain): return plain
     known = [FOCUS_NAME, *METHODS, *timm.list_models(), *timm.list_pretrained()]
     near = difflib.get_close_matches(plain, known, n=4, cutoff=0.5)
     raise InputError(f"Unknown backbone {name!r}. Near matches: {', '.join(near) or 'none'}. Any ViT of timm works; "
@@ -409,6 +419,8 @@ def load_backbone(
     alpha_background:str="white"              # of transparent images; see `llb.data.images.parse_colour`
 )->Backbone:
     "Load a frozen backbone. Raises `InputError` for an unknown name, missing or wrong weights, an impossible size."
+    sides = tuple(image_size) if isinstance(image_size, list) else image_size   # JSON has no tuples
+    check_arguments(load_backbone, num_classes=num_classes or None, image_size=sides)
     method, arch = find_method(name), architecture(name)
     name = method.key if method else name if name == FOCUS_NAME else arch
     _check_vit(_outline(arch), name)
@@ -435,7 +447,7 @@ def _plain_options(
     positions, kernel, hidden, head = (state[k] for k in _PLAIN_PARTS)
     dim, patch, side = positions.shape[2], kernel.shape[-1], _square_side(positions.shape[1] - 1)
     if not side: raise InputError(f"{name} holds {positions.shape[1] - 1} patch positions, which are no square.")
-    if dim % num_heads:
+    if num_heads < 1 or dim % num_heads:
         raise InputError(f"num_heads is {num_heads}, but {name} is {dim} wide; it must be a divisor of that.")
     depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
     return dict(img_size=(side * patch, side * patch), patch_size=patch, in_chans=kernel.shape[1], embed_dim=dim,

@@ -302,7 +302,9 @@ def _read_values(path:Path)->dict: # name -> value
     if not path.is_file(): raise InputError(f"There is no configuration file {str(path)!r}.")
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text)["config"] if path.suffix == ".json" else tomllib.loads(text)
+        found = json.loads(text)["config"] if path.suffix == ".json" else tomllib.loads(text)
+        if isinstance(found, dict): return found
+        raise TypeError("config is no table of options")
     except (ValueError, KeyError, TypeError, OSError) as e:
         kind = "config.json of a run" if path.suffix == ".json" else "TOML file"
         raise InputError(f"{str(path)!r} cannot be read as a {kind} ({type(e).__name__}: {e}).") from e
