@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ..analysis.catalog import Catalog, find_objects
-from ..analysis.build import images_of_run, index_run, index_scores
+from ..analysis.build import images_of_run, index_run, index_scores, require_objects
 from ..analysis.effects import effects_of_run
 from ..analysis.usage import summarise
 from .cards import object_card
@@ -41,6 +41,7 @@ def figure_of_sample(
     """Random validation images beside their assignment maps, with what was true and what was predicted.
     Raises `InputError` when the run had other images."""
     images = images_of_run(run, "val")
+    require_objects(run.load_model())
     sample, classes = sample_images(images, count), images.classes
     shown, out = forward_images(run.load_model(), sample)
     def names(scores): return [classes[c] for c in scores.argmax(-1)]

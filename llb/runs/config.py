@@ -29,6 +29,8 @@ _BATCH_NORM = ("ep", "aim", "alf")                  # heads whose training depen
 
 def _for(*heads:str)->dict: return {"objective": ("llb",), "head": heads}
 
+_ASSIGNED = {**_for("llb"), "control": ("none", "frozen_embedding", "frozen_assigner", "hard")}   # to objects
+
 # %% ../../nbs/3_runs/31_config.ipynb #eff00001
 _LLB, _VISUAL = {"objective": ("llb",)}, {"objective": ("visual",)}
 _COSINE, _DROPS = ("CosineAnnealingLR",), ("StepLR", "MultiStepLR", "ExponentialLR")
@@ -36,14 +38,15 @@ _SCORED_ONLY = {"eval": (False,)}
 
 NEEDS = {  # option: what others must be for it to do anything
     **dict.fromkeys(("head", "backbone_dtype", "alpha", "cache", "cache_images", "eval"), _LLB),
-    **dict.fromkeys(("num_objects", "temperature", "nv_weights", "diversity_weight"), _for("llb")),
+    **dict.fromkeys(("num_objects", "nv_weights", "control"), _for("llb")),
+    **dict.fromkeys(("temperature", "diversity_weight", "undecided_weight"), _ASSIGNED),
     "num_layers": _for("llb", "vt", "vjepa2"), "drop_path": _for("llb", "vt"), "visual_lr": _for(*_TRAINED),
     "target_layer": _for("llb", "ep", "aim", "vjepa2", "vt", "own"),
     **dict.fromkeys(("layer_decay", "backbone_drop_path", "auto_augment", "random_erasing", "mixup", "cutmix",
                      "smoothing"), _VISUAL),
     "random_backbone": {"checkpoint": (None,)},
     "cache_views": {**_LLB, "cache": (True,), "augment": ("randaugment",)},
-    "local_diversity": {**_for("llb"), "diversity_weight": ("above 0",)},
+    "local_diversity": {**_ASSIGNED, "diversity_weight": ("above 0",)},
     "decay_all": {"weight_decay": ("above 0",)}, "momentum": {"opt": ("SGD",)},
     **dict.fromkeys(("epochs", "last_epoch", "refit", "micro_batches", "opt", "lr", "weight_decay", "lr_scheduler",
                      "warmup_epochs", "clip_grad", "compile"), {"head": _TRAINED}),
@@ -107,6 +110,7 @@ class ModelConfig(ConfigPart):
     random_backbone: bool = False         # a randomly initialised backbone, to try things out
     image_size: int|tuple[int, int]|None = None  # pixels, or height and width; None for what it was trained at
     head: Literal["llb", "linear", "knn", "logistic", "ep", "aim", "alf", "vjepa2", "vt", "own"] = "llb"  # or rival
+    control: Literal["none", "frozen_embedding", "frozen_assigner", "hard", "gelu"] = "none"  # LLB without one thing
     num_objects: int = 2048               # K, latent objects
     num_layers: int = 6                   # L, counting the visual block; at least 2
     target_layer: int = 11                # the block whose tokens are used, counted from 1
@@ -169,6 +173,7 @@ class OptimConfig(ConfigPart):
     warmup_epochs: float = 0.0          # linear, from 0 to the peak
     clip_grad: float|None = 1.0         # largest gradient norm; None for no clipping
     diversity_weight: float = 0.5       # of the entropy of the mean assignment
+    undecided_weight: float = 0.0       # of the mean entropy of patches; as above for mutual information
     local_diversity: bool = False       # that entropy per process, as the release computes it
 
     def check(self):
@@ -264,7 +269,8 @@ class Config:
         "Where the run's files go."
         model, run = self.model, self.run
         backbone = "random_" * model.random_backbone + model.backbone
-        trained = f"K{model.num_objects}-L{model.num_layers}" if model.head == "llb" else model.head
+        control = f"-{model.control}" if model.control != "none" else ""
+        trained = f"K{model.num_objects}-L{model.num_layers}{control}" if model.head == "llb" else model.head
         if self.visual.objective == "visual": trained = "visual"
         name = run.name or f"{self.data.dataset}-{backbone}-{trained}-seed{run.seed}".replace("/", "_")
         return Path(run.save_dir) / name
