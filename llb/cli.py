@@ -29,9 +29,10 @@ def usage()->str:
     lines = [f"  llb {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(["usage: llb COMMAND [FLAGS]", "", *lines, "", "llb COMMAND --help explains a command."])
 
+@command
 def main(argv:list[str]|None=None): # the words after `llb`; None for this program's own
     "Run a subcommand. Without one, or with one that does not exist, print the map."
-    name, *words = sys.argv[1:] if argv is None else argv or ["--help"]
+    name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"): return print(usage())
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, 2)
@@ -98,5 +99,9 @@ def check_data(argv:list[str]): # flags of `llb train`
 def recipes(argv:list[str]):
     "List the recipes with resolution, parameters and GFLOPs per image."
     argparse.ArgumentParser("llb recipes", description=recipes.__doc__).parse_args(argv)
-    from llb.runs.cost import recipe_table
+    from llb.runs.config import recipe_table
     print(recipe_table())
+
+# %% ../nbs/91_cli.ipynb #66d52cae
+#| eval: false
+if __name__ == "__main__" and "__file__" in globals(): main()

@@ -6,7 +6,7 @@
 __all__ = ['InputError', 'command']
 
 # %% ../../nbs/0_core/00_errors.ipynb #1c6f5256
-import sys
+import os, select, sys
 from collections.abc import Callable
 from functools import wraps
 
@@ -20,6 +20,18 @@ class InputError(Exception): # no ValueError: parsers of command lines catch tho
         if lines and lines[0].startswith("Caught "): message = lines[-1].partition(": ")[2]
         super().__init__(message)
 
+# %% ../../nbs/0_core/00_errors.ipynb #42d93ebf
+def _reader_left()->bool:
+    "Whether stdout is a pipe that nobody reads any more."
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+def _end_quietly():
+    "Exit as a program that a broken pipe has ended; the interpreter flushes stdout once more, into nothing."
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(128 + 13) from None   # SIGPIPE
+
 # %% ../../nbs/0_core/00_errors.ipynb #42d93ec1
 def command(
     main:Callable # main(argv), the body of a command
@@ -27,7 +39,12 @@ def command(
     "Let a command end with one sentence, and status 2 on bad input, 1 on numbers that are no longer finite."
     @wraps(main)
     def run(argv:list[str]|None=None):
-        try: return main(argv)
+        try:
+            try: return main(argv)
+            finally: sys.stdout.flush()
+        except BrokenPipeError:
+            if not _reader_left(): raise
+            _end_quietly()
         except (InputError, FloatingPointError) as e:
             sys.stderr.write(f"error: {e}\n")   # at once, so that sentences of several processes do not mix
             raise SystemExit(2 if isinstance(e, InputError) else 1) from None
