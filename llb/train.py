@@ -16,7 +16,7 @@ def _fit(config:Config, data, backbone, runtime)->dict: # what metrics.json hold
     "Build the model, say what is coming, train it."
     from llb.core.console import print_main
     from llb.runs.build import make_model
-    from llb.runs.cost import config_cost, preview
+    from llb.runs.cost import config_cost, plan, preview
     from llb.training.finetune import make_visual_model, VisualTrainer
     from llb.training.trainer import Trainer
     classes = len(data.classes)
@@ -27,8 +27,9 @@ def _fit(config:Config, data, backbone, runtime)->dict: # what metrics.json hold
     print_main(f"{len(data.train)} training, {len(data.selection)} selection and {len(data.val)} validation images "
                f"of {classes} classes; {backbone.name} ({backbone.source}); {trained:.1f} M trained parameters; "
                f"{runtime.world_size} process(es) on {runtime.device.type}.")
-    if runtime.is_main and not visual:
-        print_main(preview(config_cost(config.model, classes), config, len(data.train), runtime.world_size))
+    sizes = len(data.train), len(data.selection), runtime.world_size
+    if visual: print_main(plan(config, *sizes))
+    elif runtime.is_main: print_main(preview(config_cost(config.model, classes), config, *sizes))
     metrics = (VisualTrainer if visual else Trainer)(model, data, config, runtime=runtime).fit()
     print_main(f"Run folder: {config.run_folder}")
     return metrics

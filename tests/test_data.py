@@ -86,6 +86,14 @@ def test_folder_with_splits(tmp_path):
     assert all(f.startswith("train/") for f in data.train.files + data.selection.files)
 
 
+def test_no_image_is_held_out_where_nothing_is_chosen(images):
+    data, everything = load_data(images), load_data(images, selection_fraction=0)
+    assert len(everything.train) == 48 and not len(everything.selection) and everything.val == data.val
+    assert data.without_selection() == everything
+    clean, reasons = without_unreadable(everything)
+    assert clean == everything and not reasons
+
+
 def test_groups_of_a_user(tmp_path):
     make_images(tmp_path / "train", 12)
     make_images(tmp_path / "val", 2)

@@ -34,7 +34,8 @@ WRONG_VALUES = [("clip_grad", -1), ("clip_grad", 0), ("warmup_epochs", float("in
                 ("name", "x" * 300), ("save_dir", "a\0b"), ("seed", 10**20), ("cutmix", float("inf")), ("drop_path", 2)]
 WITHOUT_EFFECT = [dict(step_size=3), dict(t_max=3, lr_scheduler="none"), dict(momentum=.5), dict(mixup=.3),
                   dict(cache_views=2), dict(cache_views=2, cache=True, augment="none"), dict(save=False, save_every=1),
-                  dict(eval=True, resume=True), dict(resume=True, overwrite=True), dict(gamma=.5)]
+                  dict(eval=True, resume=True), dict(resume=True, overwrite=True), dict(gamma=.5),
+                  dict(refit=True, last_epoch=True, alpha=.8), dict(refit=True, last_epoch=True, objective="visual")]
 
 
 @pytest.mark.parametrize("name,value", WRONG_TYPES + WRONG_VALUES, ids=str)
@@ -47,6 +48,17 @@ def test_a_wrong_value_is_refused_wherever_it_comes_from(name, value, tmp_path):
 @pytest.mark.parametrize("values", WITHOUT_EFFECT, ids=str)
 def test_what_has_no_effect_is_refused(values):
     with pytest.raises(InputError): Config.of(**values)
+
+
+UNSETTLED = [(dict(), "add --last_epoch and --alpha A"), (dict(alpha=.8), "add --last_epoch"),
+             (dict(last_epoch=True), "add --alpha A"), (dict(refit=True), "add --last_epoch and --alpha A"),
+             (dict(objective="visual"), "add --last_epoch")]
+
+
+@pytest.mark.parametrize("values,missing", UNSETTLED, ids=str)
+def test_nothing_can_be_chosen_where_no_image_is_held_out(values, missing):
+    with pytest.raises(InputError, match=f"selection_fraction is 0: .* {missing}\\.$"):
+        Config.of(selection_fraction=0, **values)
 
 
 NOT_DEFAULT = {  # a right value for options whose default says nothing about others

@@ -72,7 +72,7 @@ RANGES = {  # option: what it may be, besides its type
     "target_layer": _COUNT, "image_size": Range(8, 8192), "num_classes": Range(2, 10**7),
     "temperature": Range(1e-6, 10**6), "alpha": Range(0, 1, why="the weight of the visual prediction"),
     "drop_path": Range(0, below=1), "backbone_drop_path": Range(0, below=1), "smoothing": Range(0, below=1),
-    "selection_fraction": Range(above=0, below=1), "cache_views": Range(0, 10**6), "workers": Range(0, 1024),
+    "selection_fraction": Range(0, below=1), "cache_views": Range(0, 10**6), "workers": Range(0, 1024),
     "epochs": _COUNT, "batch_size": _COUNT, "micro_batches": _COUNT, "log_every": _COUNT, "save_every": Range(0, 10**9),
     "lr": _POSITIVE, "visual_lr": _POSITIVE, "lr_min": Range(0, 10**6), "weight_decay": Range(0, 10**6),
     "momentum": Range(0, below=1), "gamma": Range(above=0, most=1), "clip_grad": _POSITIVE,

@@ -19,6 +19,7 @@ from ..core.distributed import Runtime
 from ..core.files import cache_dir
 from ..data.augment import RandAugment
 from ..data.batches import make_loader, ImageDataset
+from ..data.image_cache import rows_of
 from ..data.images import ImageList
 from .backbone import Backbone, BackboneOutput
 
@@ -114,12 +115,18 @@ def build_tokens(
 # %% ../../nbs/2_models/27_token_cache.ipynb #5b861992
 class TokenDataset(Dataset):
     "Stored features under the keys of their images; the epoch chooses among the views, where there are several."
-    def __init__(self, store:TokenStore, images:ImageList): self.store, self.images = store, images
+    def __init__(self,
+        store:TokenStore,
+        images:ImageList,
+        stored:ImageList|None=None # the images of the store, where these are only some of them
+    ):
+        self.store, self.images, stored = store, images, images if stored is None else stored
+        self.rows, self.per_view = rows_of(images, stored.files), len(stored)
 
     def __len__(self): return len(self.images)
 
     def __getitem__(self, key:tuple[int, int])->dict: # epoch, index
         "A dict of `tokens`, `visual_features` or `visual_logits`, `label` and `index`."
         epoch, index = key
-        features = self.store.get(epoch % self.store.views * len(self) + index)
+        features = self.store.get(epoch % self.store.views * self.per_view + int(self.rows[index]))
         return {"index": index, "label": self.images.labels[index], **features}

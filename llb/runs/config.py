@@ -41,9 +41,10 @@ NEEDS = {  # option: what others must be for it to do anything
     "step_size": {"lr_scheduler": ("StepLR",)}, "milestones": {"lr_scheduler": ("MultiStepLR",)},
     "gamma": {"lr_scheduler": _DROPS},
     "resume": _SCORED_ONLY, "overwrite": _SCORED_ONLY, "save_every": {**_SCORED_ONLY, "save": (True,)},
-    **dict.fromkeys("""backbone checkpoint image_size dataset data_dir num_classes selection_fraction augment
-        skip_unreadable workers epochs batch_size micro_batches opt lr weight_decay lr_scheduler warmup_epochs clip_grad
-        objective save_dir name save seed device amp compile loggers log_every timeout""".split(), {}),
+    **dict.fromkeys("""backbone checkpoint image_size dataset data_dir num_classes selection_fraction
+        augment skip_unreadable workers epochs last_epoch refit batch_size micro_batches opt lr weight_decay
+        lr_scheduler warmup_epochs clip_grad objective save_dir name save seed device amp compile loggers
+        log_every timeout""".split(), {}),
 }
 
 # %% ../../nbs/3_runs/31_config.ipynb #eff00003
@@ -111,7 +112,7 @@ class DataConfig(ConfigPart):
     dataset: str = "openclipart"          # openclipart, ImageFolder, ImageNet, Places365 or iNat18
     data_dir: str|None = None             # its folder; for ImageFolder class folders, or train/ and val/ with such
     num_classes: int|None = None          # classes expected; None for the data set's official number, or what is there
-    selection_fraction: float = 0.15      # cut from the training images, for choosing epoch and alpha
+    selection_fraction: float = 0.15      # cut from the training images, for choosing epoch and alpha; 0 for none
     augment: Literal["randaugment", "none"] = "randaugment"  # of training images
     cache: bool = False                   # keep the frozen tokens on disk wherever nothing random changes them
     cache_views: int = 0                  # with cache: tokens of so many augmented views of each image, in turn
@@ -124,6 +125,8 @@ class DataConfig(ConfigPart):
 class OptimConfig(ConfigPart):
     "How the trained part is optimised."
     epochs: int = _free(50)             # passes over the training images
+    last_epoch: bool = False            # keep the last epoch, not the one that does best on the selection split
+    refit: bool = False                 # when all is chosen, train again from the start, on the selection images too
     batch_size: int = _free(128)        # images of one optimizer step, per process
     micro_batches: int = _free(1)       # micro-batches of one batch, to save memory; does not change the result
     opt: Literal["Adam", "AdamW", "SGD"] = "AdamW"
@@ -193,6 +196,19 @@ class VisualConfig(ConfigPart):
         self.require(lambda x: not x or x.startswith("rand-"),
                      "only timm's RandAugment can be had, such as rand-m9-mstd0.5-inc1, or nothing", "auto_augment")
 
+# %% ../../nbs/3_runs/31_config.ipynb #cdf4ebd7
+def _check_choices(config:"Config"):
+    "Refuse to choose where no image is held out, and to train again where nothing is chosen."
+    optim, llb = config.optim, config.visual.objective == "llb"
+    choices = {"--last_epoch": not optim.last_epoch, "--alpha A": llb and config.model.alpha is None}
+    made = [flag for flag, chosen in choices.items() if chosen]   # and what would settle each
+    if made and not config.data.selection_fraction and not config.run.eval:
+        raise InputError("selection_fraction is 0: no image is held out to choose epoch and alpha on. "
+                         f"Say what they are: add {' and '.join(made)}.")
+    if optim.refit and not made:
+        raise InputError("refit is True, but it has no effect here: nothing is chosen. "
+                         "--selection_fraction 0 trains on all training images at once.")
+
 # %% ../../nbs/3_runs/31_config.ipynb #cc20c644
 @dataclass(kw_only=True)
 class Config:
@@ -205,6 +221,7 @@ class Config:
 
     def __post_init__(self):
         refuse_idle({name: value for part in vars(self).values() for name, value in vars(part).items()}, _DEFAULTS)
+        _check_choices(self)
 
     @property
     def run_folder(self)->Path:

@@ -45,15 +45,17 @@ def scoring_dataset(
     images:ImageList,
     config:DataConfig,
     runtime:Runtime,
-    source:ImageStore|Geometry|None=None  # where the bytes of these images are; None for their files
+    source:ImageStore|Geometry|None=None, # where the bytes of these images are; None for their files
+    together:ImageList|None=None          # these images and others, whose tokens are cached as one; None for these
 )->StoredImages|TokenDataset:
     "Images without augmentation, as cached tokens where the configuration says so; missing ones are computed."
-    dataset = StoredImages(images, source or Geometry(model.backbone.preprocessing))
-    if not config.cache: return dataset
+    source = source or Geometry(model.backbone.preprocessing)
+    if not config.cache: return StoredImages(images, source)
+    together = images if together is None else together
     with torch.no_grad():
-        store = build_tokens(model.backbone, model.target_layer, images, runtime, workers=config.workers,
-                             dataset=dataset)
-    return TokenDataset(store, images)
+        store = build_tokens(model.backbone, model.target_layer, together, runtime, workers=config.workers,
+                             dataset=StoredImages(together, source))
+    return TokenDataset(store, images, together)
 
 def _loader(dataset, batches:TrainBatches|EvalBatches, config:DataConfig, runtime:Runtime)->DataLoader:
     "A loader; cached tokens need no worker processes."
@@ -92,16 +94,18 @@ def augmented_dataset(
     images:ImageList,
     config:Config,
     runtime:Runtime,
-    source:ImageStore|Geometry   # where the bytes of these images are
+    source:ImageStore|Geometry,         # where the bytes of these images are
+    together:ImageList|None=None        # see `scoring_dataset`
 )->StoredImages|TokenDataset: # under keys (epoch, index)
     "Images with RandAugment; as cached tokens of a few views of each where that was asked for."
     seed, views = config.run.seed, config.data.cache_views
-    dataset = StoredImages(images, source, RandAugment(), seed)
-    if not views: return dataset
+    if not views: return StoredImages(images, source, RandAugment(), seed)
+    together = images if together is None else together
+    dataset = StoredImages(together, source, RandAugment(), seed)
     with torch.no_grad():
-        store = build_tokens(model.backbone, model.target_layer, images, runtime, workers=config.data.workers,
+        store = build_tokens(model.backbone, model.target_layer, together, runtime, workers=config.data.workers,
                              desc="train features", dataset=dataset, views=views, seed=seed)
-    return TokenDataset(store, images)
+    return TokenDataset(store, images, together)
 
 # %% ../../nbs/4_training/41_inputs.ipynb #29426bd9
 class Inputs:
@@ -114,7 +118,8 @@ class Inputs:
     ):
         self.model, self.data, self.config, self.runtime = model, data, config, runtime
         self.source = self.pixels()
-        self.datasets = {split: self.dataset(split) for split in vars(data)}
+        self.together = data.without_selection().train if config.optim.refit else None
+        self.datasets = {split: self.dataset(split) for split, images in vars(data).items() if len(images)}
 
     def pixels(self)->ImageStore|Geometry:
         "Where the bytes of images come from: all of them stored, or decoded from files."
@@ -124,10 +129,11 @@ class Inputs:
 
     def dataset(self, split:str)->StoredImages|TokenDataset: # under keys (epoch, index)
         "A split; training images are augmented where that was asked for."
-        images = getattr(self.data, split)
-        if split == "train" and self.config.data.augment != "none":
-            return augmented_dataset(self.model, images, self.config, self.runtime, self.source)
-        return scoring_dataset(self.model, images, self.config.data, self.runtime, self.source)
+        images, augmented = getattr(self.data, split), self.config.data.augment != "none"
+        if split == "train" and augmented:
+            return augmented_dataset(self.model, images, self.config, self.runtime, self.source, self.together)
+        together = None if split == "val" or augmented else self.together
+        return scoring_dataset(self.model, images, self.config.data, self.runtime, self.source, together)
 
     def loader(self, split:str, batches:TrainBatches|EvalBatches)->DataLoader:
         return _loader(self.datasets[split], batches, self.config.data, self.runtime)
