@@ -37,7 +37,8 @@ def image_layout(
 )->dict: # JSON-able
     "Everything the stored bytes depend on."
     return {"images": images.content_key, "size": list(preprocessing.image_size),
-            "interpolation": preprocessing.interpolation, "crop_pct": preprocessing.crop_pct}
+            "interpolation": preprocessing.interpolation, "crop_pct": preprocessing.crop_pct,
+            "background": list(preprocessing.background)}
 
 # %% ../../nbs/1_data/16_image_cache.ipynb #5689c2e9
 def rows_of(images:ImageList, files:tuple[str, ...])->np.ndarray: # [n]

@@ -64,7 +64,7 @@ def read_state_dict(
         with torch.serialization.safe_globals([argparse.Namespace]):
             return unwrap_state(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:
-        why = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+        why = ": ".join([type(e).__name__, *str(e).splitlines()[:1]])
         raise InputError(f"{str(path)!r} cannot be read as weights ({why}); expected a safetensors file, an .npz file, "
                          "or a PyTorch file that holds nothing but tensors and plain values.") from e
 

@@ -59,6 +59,7 @@ class _Parts:
     sweeps: dict[str, dict] = field(default_factory=dict)     # name -> {"arm", "option", "values"}
 
 # %% ../../nbs/7_study/72_plan.ipynb #b80a50e6
+@dataclass(frozen=True, kw_only=True)
 class Study(_Parts):
     "What is to be compared. Raises `InputError` for what cannot be run."
     def __post_init__(self):
