@@ -123,8 +123,9 @@ class ModelConfig(ConfigPart):
 
 # %% ../../nbs/3_runs/31_config.ipynb #bb7188ac
 def _is_colour(text:str)->bool:
+    if text == "white": return True
     from llb.data.images import parse_colour   # needs NumPy, which help and lists can do without
-    try: return text == "white" or bool(parse_colour(text))
+    try: return bool(parse_colour(text))
     except InputError: return False
 
 @dataclass(kw_only=True)
