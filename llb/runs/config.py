@@ -351,12 +351,12 @@ def _run_at(path:Path)->Path:
     path = path.resolve()
     run = next((p for p in (path, *path.parents) if (p / "events.jsonl").is_file()), None)
     if run is None or not path.exists():
-        raise InputError(f"{str(path)!r} is neither a run folder nor a checkpoint in one; --resume continues the run that "
-                         "--save_dir and --name say, or the one whose folder it is given.")
+        raise InputError(f"{str(path)!r} is neither a run folder nor a checkpoint in one; --resume continues the run "
+                         "that --save_dir and --name say, or the one whose folder it is given.")
     steps = sorted((run / "checkpoints").glob("step-*"))
     if path.parent == run / "checkpoints" and path != steps[-1]:
-        raise InputError(f"A run goes on from its newest checkpoint, {steps[-1].name}, not from {path.name}; to go back, "
-                         "copy the run folder and delete the later ones in the copy.")
+        raise InputError(f"A run goes on from its newest checkpoint, {steps[-1].name}, not from {path.name}; to go back, copy "
+                         "the run folder and delete the later ones in the copy.")
     return run
 
 def _resumed(base:Config|None, path:Path)->Config:
@@ -383,7 +383,7 @@ def _base(start:argparse.Namespace, flags:list[str])->Config|None:
     "The values to start from; None for defaults."
     base = start.recipe or start.config
     base = Config.from_file(base) if base else None
-    if "--eval" in flags and base: base = base.but(resume=False, overwrite=False, save_every=0)   # those of its training
+    if "--eval" in flags and base: base = base.but(resume=False, overwrite=False, save_every=0)   # of its training
     if start.resume in (None, "True", "False"): return base
     if {"--name", "--save_dir"} & {flag.split("=")[0] for flag in flags}:
         raise InputError(f"--resume {start.resume} says which run is meant; leave --name and --save_dir out.")
