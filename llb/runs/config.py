@@ -355,8 +355,8 @@ def _run_at(path:Path)->Path:
                          "that --save_dir and --name say, or the one whose folder it is given.")
     steps = sorted((run / "checkpoints").glob("step-*"))
     if path.parent == run / "checkpoints" and path != steps[-1]:
-        raise InputError(f"A run goes on from its newest checkpoint, {steps[-1].name}, not from {path.name}; to go back, "
-                         "copy the run folder and delete the later ones in the copy.")
+        raise InputError(f"A run goes on from its newest checkpoint, {steps[-1].name}, not from {path.name}; to go "
+                         "back, copy the run folder and delete the later ones in the copy.")
     return run
 
 def _resumed(base:Config|None, path:Path)->Config:

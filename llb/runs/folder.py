@@ -98,7 +98,7 @@ class EventLog:
         self._file = None
 
 # %% ../../nbs/3_runs/36_folder.ipynb #1a7f0c03
-_NEEDED = {"start": ("per_epoch", "epochs"), "resume": ("per_epoch", "epochs"), "end": ("reason",)}
+_NEEDED = {**dict.fromkeys(("start", "resume", "refit"), ("per_epoch", "epochs")), "end": ("reason",)}
 
 def _event(line:bytes)->dict|None: # None for what is none
     try: event = json.loads(line)
@@ -131,6 +131,7 @@ def _without_undone(
     for event in events:
         if event["kind"] == "start": kept = []
         if event["kind"] == "resume": kept = [e for e in kept if e["step"] <= event["step"]]
+        if event["kind"] == "refit": kept = [e for e in kept if e["kind"] != "refit"]   # it began at the same step
         kept.append(event)
     return kept
 
@@ -158,7 +159,8 @@ def environment()->dict: # JSON-able
 def describe_data(data:Data)->dict: # JSON-able
     "Which images a run reads. It asks the disk for every file, so one process does it, once."
     splits = {name: {"images": len(p), "fingerprint": p.fingerprint()} for name, p in vars(data).items()}
-    return {"classes": list(data.classes), "splits": splits, "train_names": data.train.fingerprint(sizes=False)}
+    names = {f"{name}_names": getattr(data, name).fingerprint(sizes=False) for name in ("train", "selection")}
+    return {"classes": list(data.classes), "splits": splits, **names}
 
 # %% ../../nbs/3_runs/36_folder.ipynb #0a928b1f
 def check_resumable(
@@ -177,7 +179,8 @@ def check_resumable(
     if saved["classes"] != about_data["classes"]:
         raise InputError(f"The checkpoint knows {len(saved['classes'])} classes, the data set has "
                          f"{len(about_data['classes'])}, or they differ in name.")
-    if saved["images"] != about_data["train_names"]:
+    selection = about_data["selection_names"]
+    if (saved["images"], saved.get("selection", selection)) != (about_data["train_names"], selection):
         raise InputError("The training images are not those the run was started with; resume it with them, "
                          "or start another.")
     if saved["fingerprint"] != about_data["splits"]["train"]["fingerprint"]:
