@@ -17,6 +17,7 @@ COMMANDS = {  # name: (module and function that takes the words after it, what i
     "train": ("llb.train:main", "train LLB on a frozen backbone (also: torchrun -m llb.train)"),
     "evaluate": ("llb.cli:evaluate", "score finished runs once more, at any alpha"),
     "predict": ("llb.cli:predict", "predict the classes of images with a finished run"),
+    "compare": ("llb.study.compare:main", "compare heads over data sets and seeds, as a study file says"),
     "report": ("llb.apps.report:main", "write the report of a finished run"),
     "launch": ("llb.runs.launch:main", "start, list, watch and stop runs that go on by themselves"),
     "recipes": ("llb.cli:recipes", "list the paper's systems as recipes, with their cost"),
@@ -88,7 +89,8 @@ def check_data(argv:list[str]): # flags of `llb train`
     data, began = list_data(config), time.monotonic()
     found = check_images(data)
     print_main("\n".join(found.values()) if found else "All images can be read.")
-    counts = [f"{sum(str(path) in found for path in p.paths)} of {len(p)} {name}" for name, p in vars(data).items()]
+    splits = {name: images.paths for name, images in vars(data).items() if len(images)}
+    counts = [f"{sum(str(path) in found for path in paths)} of {len(paths)} {name}" for name, paths in splits.items()]
     print_main(f"Unreadable: {', '.join(counts)} images; {time.monotonic() - began:.0f} s. "
                "The result is remembered for these files.")
     if found: raise SystemExit(1)

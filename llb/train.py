@@ -16,7 +16,7 @@ def _fit(config:Config, data, backbone, runtime)->dict: # what metrics.json hold
     "Build the model, say what is coming, train it."
     from llb.core.console import print_main
     from llb.runs.build import make_model
-    from llb.runs.cost import config_cost, preview
+    from llb.runs.cost import config_cost, plan, preview
     from llb.training.finetune import make_visual_model, VisualTrainer
     from llb.training.trainer import Trainer
     classes = len(data.classes)
@@ -27,8 +27,9 @@ def _fit(config:Config, data, backbone, runtime)->dict: # what metrics.json hold
     print_main(f"{len(data.train)} training, {len(data.selection)} selection and {len(data.val)} validation images "
                f"of {classes} classes; {backbone.name} ({backbone.source}); {trained:.1f} M trained parameters; "
                f"{runtime.world_size} process(es) on {runtime.device.type}.")
-    if runtime.is_main and not visual:
-        print_main(preview(config_cost(config.model, classes), config, len(data.train), runtime.world_size))
+    sizes = len(data.train), len(data.selection), runtime.world_size
+    if visual: print_main(plan(config, *sizes))
+    elif runtime.is_main: print_main(preview(config_cost(config.model, classes), config, *sizes))
     metrics = (VisualTrainer if visual else Trainer)(model, data, config, runtime=runtime).fit()
     print_main(f"Run folder: {config.run_folder}")
     return metrics
@@ -36,13 +37,13 @@ def _fit(config:Config, data, backbone, runtime)->dict: # what metrics.json hold
 def _score(config:Config, data, backbone, runtime)->dict: # what metrics.json holds
     "Score a trained model on the validation split. Raises `InputError` when there is none, or the flags contradict it."
     from llb.core.console import print_main
-    from llb.models.llb import LLB
+    from llb.models.heads import HeadModel
     from llb.runs.build import make_model
     from llb.training.evaluate import evaluate
     from llb.training.trainer import complete_config
     folder = config.run_folder / "model"
     if config.model.nv_weights: model = make_model(config.model, backbone, len(data.classes))
-    elif folder.is_dir(): model = LLB.from_pretrained(folder, backbone=backbone)
+    elif folder.is_dir(): model = HeadModel.from_pretrained(folder, backbone=backbone)
     else: raise InputError(f"There is no trained model in {str(folder)!r} to evaluate; name one with --nv_weights.")
     found = evaluate(model, data, config.model.alpha, complete_config(config, model, data), runtime)
     print_main(str(found))
@@ -61,7 +62,7 @@ def train(
             config = config.but(resume=True, overwrite=False)
         data = make_data(config)
         torch.manual_seed(config.run.seed)
-        backbone = main_first(lambda: make_backbone(config.model, len(data.classes)))
+        backbone = main_first(lambda: make_backbone(config.model, len(data.classes), config.data.alpha_background))
         return (_score if config.run.eval else _fit)(config, data, backbone, runtime)
 
 # %% ../nbs/90_train.ipynb #42e12995

@@ -17,10 +17,10 @@ from llb.runs.release_flags import translate
 ROOT = Path(__file__).parent.parent
 
 OURS = set("""alpha amp augment backbone batch_size cache checkpoint clip_grad data_dir dataset decay_all device
-diversity_weight drop_path epochs eval gamma image_size local_diversity log_every loggers lr lr_min lr_scheduler
-micro_batches milestones momentum name num_classes num_layers num_objects nv_weights objective opt overwrite
-random_backbone resume save save_dir save_every seed selection_fraction skip_unreadable step_size t_max target_layer
-temperature timeout visual_lr warmup_epochs weight_decay workers""".split())
+diversity_weight drop_path epochs eval gamma image_size last_epoch local_diversity log_every loggers lr lr_min
+lr_scheduler micro_batches milestones momentum name num_classes num_layers num_objects nv_weights objective opt
+overwrite random_backbone refit resume save save_dir save_every seed selection_fraction skip_unreadable step_size t_max
+target_layer temperature timeout visual_lr warmup_epochs weight_decay workers""".split())
 
 RELEASE = {  # the release's flag, as typed: what it sets here, or None where it describes what is always done
     "--device cpu": {"device": "cpu"},
@@ -40,7 +40,7 @@ RELEASE = {  # the release's flag, as typed: what it sets here, or None where it
     "--warmup": {"warmup_epochs": 2},
     "--t_max 10": {"t_max": 10},
     "--eta_min 0.00005": {"lr_min": 0.00005},
-    "--last_epoch -1": None,
+    "--last_epoch -1": None,   # where its schedule starts; ours has no value
     "--save_dir out": {"save_dir": "out"},
     "--save": {"save": True},
     "--resume True": {"resume": True},

@@ -17,7 +17,7 @@ from PIL import Image
 
 from llb.core.errors import InputError
 from llb.data.batches import make_loader, ImageDataset, TrainBatches
-from llb.data.images import UnreadableImage, decode, scan_folder
+from llb.data.images import UnreadableImage, as_rgb, decode, scan_folder
 from llb.data.splits import check_labels, load_data
 from llb.data.unreadable import find_unreadable, known_unreadable, without_unreadable
 from llb.runs.build import make_data
@@ -84,6 +84,14 @@ def test_folder_with_splits(tmp_path):
     assert len(data.train) + len(data.selection) == 30 and len(data.val) == 12
     assert all(f.startswith("val/") for f in data.val.files)
     assert all(f.startswith("train/") for f in data.train.files + data.selection.files)
+
+
+def test_no_image_is_held_out_where_nothing_is_chosen(images):
+    data, everything = load_data(images), load_data(images, selection_fraction=0)
+    assert len(everything.train) == 48 and not len(everything.selection) and everything.val == data.val
+    assert data.without_selection() == everything
+    clean, reasons = without_unreadable(everything)
+    assert clean == everything and not reasons
 
 
 def test_groups_of_a_user(tmp_path):
@@ -268,7 +276,7 @@ def test_every_kind_of_image_becomes_rgb(mode, tmp_path):
     suffix = ".tif" if mode in ("CMYK", "I;16") else ".png"
     Image.new(mode, (30, 20)).save(folder / "circle" / f"09{suffix}")
     images = scan_folder(folder)
-    image = images.open(images.files.index(f"circle/09{suffix}"))
+    image = as_rgb(images.open(images.files.index(f"circle/09{suffix}")))
     assert image.mode == "RGB" and image.size == (30, 20)
 
 

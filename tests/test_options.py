@@ -7,18 +7,20 @@ import torch
 from torch import nn
 
 from llb.core.errors import InputError
+from llb.core.options import RANGES, in_words
 from llb.data.splits import load_data
 from llb.models.backbone import load_backbone
 from llb.models.heads import HeadModel, HeadOutput
+from llb.models.llb import LLB
 from llb.runs.build import make_backbone, make_model
-from llb.runs.config import PARTS, Config, ModelConfig, OptimConfig, RunConfig
+from llb.runs.config import NEEDS, PARTS, Config, ModelConfig, OptimConfig, RunConfig
 from llb.runs.folder import check_resumable, describe_data, read_events
 from llb.training.evaluate import evaluate, format_table, metric_rows
 from llb.training.trainer import Trainer, complete_config
 
 SMALL = dict(backbone="test_vit", random_backbone=True, image_size=32, num_layers=3, target_layer=3, num_objects=16,
              batch_size=6)
-NAMES = [f.name for part in PARTS.values() for f in fields(part)]
+FIELDS = {f.name: f for part in PARTS.values() for f in fields(part)}
 
 WRONG_TYPES = [("cache", "no"), ("augment", "auto"), ("lr_scheduler", "cosine"), ("backbone_dtype", "float16"),
                ("lr", True), ("lr", "1e-3"), ("epochs", 1.5), ("epochs", True), ("epochs", "x"), ("milestones", ["a"]),
@@ -32,7 +34,8 @@ WRONG_VALUES = [("clip_grad", -1), ("clip_grad", 0), ("warmup_epochs", float("in
                 ("name", "x" * 300), ("save_dir", "a\0b"), ("seed", 10**20), ("cutmix", float("inf")), ("drop_path", 2)]
 WITHOUT_EFFECT = [dict(step_size=3), dict(t_max=3, lr_scheduler="none"), dict(momentum=.5), dict(mixup=.3),
                   dict(cache_views=2), dict(cache_views=2, cache=True, augment="none"), dict(save=False, save_every=1),
-                  dict(eval=True, resume=True), dict(resume=True, overwrite=True), dict(gamma=.5)]
+                  dict(eval=True, resume=True), dict(resume=True, overwrite=True), dict(gamma=.5),
+                  dict(refit=True, last_epoch=True, alpha=.8), dict(refit=True, last_epoch=True, objective="visual")]
 
 
 @pytest.mark.parametrize("name,value", WRONG_TYPES + WRONG_VALUES, ids=str)
@@ -47,8 +50,67 @@ def test_what_has_no_effect_is_refused(values):
     with pytest.raises(InputError): Config.of(**values)
 
 
+UNSETTLED = [(dict(), "add --last_epoch and --alpha A"), (dict(alpha=.8), "add --last_epoch"),
+             (dict(last_epoch=True), "add --alpha A"), (dict(refit=True), "add --last_epoch and --alpha A"),
+             (dict(objective="visual"), "add --last_epoch")]
+
+
+@pytest.mark.parametrize("values,missing", UNSETTLED, ids=str)
+def test_nothing_can_be_chosen_where_no_image_is_held_out(values, missing):
+    with pytest.raises(InputError, match=f"selection_fraction is 0: .* {missing}\\.$"):
+        Config.of(selection_fraction=0, **values)
+
+
+NOT_DEFAULT = {  # a right value for options whose default says nothing about others
+    "alpha": .3, "nv_weights": "x", "backbone_dtype": "bfloat16", "auto_augment": "", "t_max": 3., "milestones": (3.,),
+    "drop_path": .1, "lr_min": 5e-5, "head": "vt", "warmup_epochs": 1., "opt": "Adam", "lr_scheduler": "none"}
+MET = {"above 0": .1}
+UNMET = {"objective": {"llb": "visual", "visual": "llb"}, "head": {"llb": "knn"}, "opt": {"SGD": "Adam"},
+         "augment": {"randaugment": "none"},
+         "lr_scheduler": dict.fromkeys(["CosineAnnealingLR", "StepLR", "MultiStepLR", "ExponentialLR"], "none"),
+         "checkpoint": {None: "w.pth"}, "diversity_weight": {"above 0": 0.}, "weight_decay": {"above 0": 0.}}
+
+
+def other_than_default(name):
+    "A value that an option may have and does not have by itself."
+    default = FIELDS[name].default
+    if name in NOT_DEFAULT: return NOT_DEFAULT[name]
+    return not default if isinstance(default, bool) else default + 1 if isinstance(default, int) else default / 2
+
+
+def test_every_option_says_what_it_needs_and_what_numbers_it_takes():
+    assert set(NEEDS) == set(FIELDS), "declare a new option in NEEDS; {} when it always has an effect"
+    numeric = {name for name, f in FIELDS.items() if "number" in in_words(f.type)}
+    assert numeric == set(RANGES), "declare the range of a new option in llb.core.options"
+    for name, f in FIELDS.items(): Config.of(**{name: f.default})   # a default always fits
+
+
+@pytest.mark.parametrize("name,other", [(n, o) for n, needs in NEEDS.items() for o in needs])
+def test_an_option_without_effect_is_refused(name, other):
+    "Each option with each of its needs unmet, the others met; and accepted when all are met."
+    met = {o: MET.get(w[0], w[0]) for o, w in NEEDS[name].items()}
+    if met.get("lr_scheduler") == "MultiStepLR": met["milestones"] = (3.,)
+    value = {name: other_than_default(name)}
+    assert Config.of(**{**met, **value})
+    wanted = NEEDS[name][other][0]
+    unmet = {other: not wanted if isinstance(wanted, bool) else UNMET[other][wanted]}
+    with pytest.raises(InputError, match=f"no effect here.*--{other}"):
+        Config.of(**{**met, **unmet, **value})
+    assert Config.of(**{**unmet, name: FIELDS[name].default}), "the default may be given"
+
+
+@pytest.mark.parametrize("wrong", [dict(num_objects=1), dict(num_objects=10**12), dict(num_objects="16"),
+                                   dict(num_layers=True), dict(drop_path=2), dict(num_classes=-1), dict(num_classes=0),
+                                   dict(temperature=float("nan")), dict(alpha=float("inf")), dict(target_layer="3")],
+                         ids=str)
+def test_a_wrong_value_is_refused_in_python_as_well(wrong):
+    backbone = load_backbone("test_vit", pretrained=False, image_size=32, num_classes=3)
+    with pytest.raises(InputError, match=f"^{next(iter(wrong))} is .*, but .*\\.$"):
+        LLB(backbone, **{**dict(num_objects=8, num_layers=2, target_layer=3), **wrong})
+
+
 def test_names_are_unique_and_unknown_ones_get_hints():
-    assert len(set(NAMES)) == len(NAMES)
+    assert len(FIELDS) == sum(len(fields(part)) for part in PARTS.values())
     with pytest.raises(InputError, match="opjects .did you mean num_objects"): Config.of(opjects=3)
 
 

@@ -13,7 +13,7 @@ from llb.models.llb import LLB
 from llb.runs.folder import read_events
 
 pytestmark = pytest.mark.slow
-METRICS = {"top1", "top5", "nll", "brier", "ece"}
+METRICS = {"top1", "nll", "brier", "ece"}
 
 
 def parameters(folder): return load_file(folder / "model" / "model.safetensors")

@@ -7,7 +7,7 @@ __all__ = ['TokensSeen', 'forward_with_tokens', 'Counted', 'IndexSums', 'describ
            'LoadedRun', 'load_run', 'index_run']
 
 # %% ../../nbs/5_analysis/53_build.ipynb #74ab7e3f
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from ..core.distributed import pick_device, Runtime
 from ..core.errors import InputError
 from ..core.files import atomic
 from ..data.images import ImageList
-from ..data.splits import Data
+from ..data.splits import join_images
 from ..models.backbone import BackboneOutput
 from ..models.llb import LLB, LLBOutput
 from ..models.objects import entropy
@@ -189,13 +189,6 @@ def index_scores(
         scored.append(score_batch(visual, label, torch.from_numpy(part), labels, alphas))
     return merge_scores(scored)
 
-# %% ../../nbs/5_analysis/53_build.ipynb #8efd9c5d
-def _joined(data:Data, names:list[str])->ImageList:
-    "The images of some splits in a row."
-    lists = [getattr(data, name) for name in names]
-    joined = {field: sum((getattr(images, field) for images in lists), ()) for field in ("files", "labels", "groups")}
-    return replace(lists[0], **joined)
-
 # %% ../../nbs/5_analysis/53_build.ipynb #632cdacb
 def _images_of(run:RunReader, split:str)->ImageList:
     "The images of one split, or of all in a row. Raises `InputError` unless they are those of the run."
@@ -210,7 +203,9 @@ def _images_of(run:RunReader, split:str)->ImageList:
                              f"it had {known['images']} with fingerprint {known['fingerprint']}, "
                              f"now there are {len(now)} with {now.fingerprint()}. "
                              "Bring the run's images back; for other images use build_index().")
-    return _joined(data, names)
+    if not len(images := join_images(*(getattr(data, name) for name in names))):
+        raise InputError(f"The run in {str(run.folder)!r} has no {split} split: it held no images out for choices.")
+    return images
 
 # %% ../../nbs/5_analysis/53_build.ipynb #eb936160
 def _trained_tensors(run:RunReader, checkpoint:str|None)->dict[str, Tensor]:

@@ -14,7 +14,7 @@ from scipy.ndimage import binary_erosion, label
 
 from ..core.errors import InputError
 from ..core.seeds import seed_from
-from ..data.images import ImageList
+from ..data.images import as_rgb, ImageList
 
 # %% ../../nbs/5_analysis/57_scenes.ipynb #83ab30d1
 WHITE = 240 # a pixel is white when its darkest channel is above
@@ -75,7 +75,7 @@ class _Thing:
 def _thing(images:ImageList, members:np.ndarray, side:int, rng:np.random.Generator)->_Thing|None:
     "One usable cut-out among some images, its longer side `side` pixels; None when ten draws find none."
     for i in rng.permutation(members)[:10]:
-        image = images.open(i)
+        image = as_rgb(images.open(i))
         mask = cut_out(np.asarray(image))
         if not usable(mask): continue
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))

@@ -8,6 +8,7 @@ __all__ = ['NUM_OPS', 'MAGNITUDE', 'Preprocessing', 'Geometry']
 # %% ../../nbs/1_data/13_preprocessing.ipynb #2a5f3f2f
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +16,19 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from .images import as_rgb
+
 # %% ../../nbs/1_data/13_preprocessing.ipynb #c86c3d67
+_THIN = 32                 # times as long as wide
+
+def _middle(image:Image.Image)->Image.Image: # at most `_THIN` times as long as wide
+    "The part of a very thin image that a crop of its centre can see; other images as they are."
+    width, height = (min(side, _THIN * min(image.size)) for side in image.size)
+    if (width, height) == image.size: return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+# %% ../../nbs/1_data/13_preprocessing.ipynb #1dafebe4
 _INTERPOLATION = {m.value: m for m in v2.InterpolationMode}
 NUM_OPS, MAGNITUDE = 3, 9  # of RandAugment; magnitude of 0..30
 
@@ -27,14 +40,17 @@ class Preprocessing:
     std: tuple[float, float, float]
     interpolation: str = "bicubic"       # Pillow's name
     crop_pct: float = 1.0                # crop size / resized size
+    background: tuple[int, int, int] = (255, 255, 255)   # of transparent images, 0..255 per channel
 
     @property
     def geometry(self)->list[Callable]: # PIL image -> PIL image, each
-        "What is the same each time: resize (of a square crop, the shorter side) and centre crop."
+        "What is the same each time: background, resize (of a square crop, the shorter side) and centre crop."
         height, width = self.image_size
         resized = [int(side / self.crop_pct) for side in self.image_size]
-        size = resized[0] if height == width else resized
-        return [v2.Resize(size, _INTERPOLATION[self.interpolation]), v2.CenterCrop((height, width))]
+        square = height == width
+        resize = v2.Resize(resized[0] if square else resized, _INTERPOLATION[self.interpolation])
+        first = partial(as_rgb, background=self.background)
+        return [first, *[_middle] * square, resize, v2.CenterCrop((height, width))]
 
     def transform(self,
         train:bool=False # add RandAugment
@@ -61,7 +77,7 @@ class Preprocessing:
 
 # %% ../../nbs/1_data/13_preprocessing.ipynb #7eec32df
 class Geometry:
-    "The part of a backbone's transform that is the same each time: resize and centre crop."
+    "The part of a backbone's transform that is the same each time: background, resize and centre crop."
     def __init__(self, preprocessing:Preprocessing): self.steps = preprocessing.geometry
 
     def __call__(self, image:Image.Image)->np.ndarray: # [3,H,W] uint8

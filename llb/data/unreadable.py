@@ -76,6 +76,6 @@ def without_unreadable(
     splits = {}
     for name, images in vars(data).items():
         splits[name] = images.take([i for i, path in enumerate(images.paths) if str(path) not in found])
-        if not len(splits[name]):
+        if len(images) and not len(splits[name]):
             raise InputError(f"Of the {name} split no image can be read; the first: {next(iter(found.values()))}")
     return Data(**splits), list(found.values())

@@ -18,6 +18,7 @@ from torch.nn.functional import softmax
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..core.errors import InputError
+from ..core.options import check_arguments
 from ..data.images import decode
 from .backbone import Backbone, BackboneOutput, Described
 from .objects import at_least_float32
@@ -74,6 +75,7 @@ def make_visual_head(
 class Head(nn.Module):
     "Base of heads. A subclass sets `visual_head` (`make_visual_head`, or None) and `alpha`."
     alpha = 0.5
+    reads: tuple[str, ...] = ()   # what it reads besides `tokens`, such as "visual_features" (of `BackboneOutput`)
 
     @property
     def dtype(self)->torch.dtype: # of the trained part; cached features may have another
@@ -91,7 +93,7 @@ class Head(nn.Module):
     @property
     def needs_visual(self)->bool:
         "Whether training needs the backbone's last features; else the backbone stops after `target_layer`."
-        return self.visual_head is not None
+        return self.visual_head is not None or bool(self.reads)
 
 # %% ../../nbs/2_models/25_heads.ipynb #08c4c06f
 @dataclass(repr=False)
@@ -150,7 +152,8 @@ class _Joined(Described, nn.Module):
     def features(self, images:Tensor)->BackboneOutput: # images [B,3,H,W] normalised by backbone.transform()
         "The frozen half: tokens of `target_layer`, and the visual side when it is needed."
         visual = not self.training or getattr(self.branch, "needs_visual", True)
-        return self.backbone(images, self.target_layer, visual=visual)
+        layers = "layer_tokens" in getattr(self.branch, "reads", ())
+        return self.backbone(images, self.target_layer, visual=visual, layers=layers)
 
     def forward(self, images:Tensor)->HeadOutput: # images [B,3,H,W] normalised by backbone.transform()
         "Both predictions."
@@ -167,7 +170,7 @@ class _Joined(Described, nn.Module):
         parts = []
         self.eval()
         for i in range(0, len(opened), batch_size):
-            decoded = [decode(x) if isinstance(x, Path) else x.convert("RGB") for _, x in opened[i:i + batch_size]]
+            decoded = [decode(x) if isinstance(x, Path) else x for _, x in opened[i:i + batch_size]]
             parts.append(self._probabilities(decoded, alpha))
         self.train(training)
         classes = self.classes or [f"class {c}" for c in range(self.settings["num_classes"])]
@@ -190,21 +193,21 @@ class HeadModel(_Joined, SavedModel):
         head:nn.Module|Callable,    # a head, or what makes one from (backbone, num_classes)
         num_classes:int|None=None,  # C; needed when the backbone has no class head
         target_layer:int=11,        # 1..depth, the block whose tokens are used
-        alpha:float=0.5             # 0..1, weight of the visual prediction
+        alpha:float=0.5,            # 0..1, weight of the visual prediction
+        options:dict|None=None      # JSON-able; more arguments of what makes the head
     ):
         "Raises `InputError` for a layer the backbone does not have, alpha outside 0..1, an unknown number of classes."
         super().__init__()
+        check_arguments(HeadModel.__init__, num_classes=num_classes, target_layer=target_layer, alpha=alpha)
         backbone.check(target_layer)
-        _check_alpha(alpha)
         num_classes = num_classes or backbone.num_classes
         if not num_classes:
             raise InputError(f"{backbone.name} has no class head; give the number of classes with num_classes=.")
         self.backbone, self.target_layer = backbone, target_layer
-        self.branch = head if isinstance(head, nn.Module) else head(backbone, num_classes)
+        self.branch = head if isinstance(head, nn.Module) else head(backbone, num_classes, **(options or {}))
         self.settings = dict(num_classes=num_classes, target_layer=target_layer, alpha=alpha)   # of `__init__`
+        if options: self.settings["options"] = options
         self.parts = {"head": head}                 # options that hold code of others; see `llb.models.saving`
-        self.classes: list[str]|None = None         # C names
-        self.metrics: dict|None = None              # what metrics.json holds, for the model card
         self.alpha = alpha
         self.eval()
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ..core.errors import InputError
+from ..core.options import check_arguments
 from .backbone import Backbone, backbone_from_state, BackboneOutput
 from .heads import Head, HeadModel, HeadOutput, make_visual_head
 from .objects import COMPACT, entropy, LatentObjects, Part
@@ -87,9 +88,7 @@ class _Layers(Head):
     ):
         "`L (12 D^2 + 13 D) + 3 D + D C + C` parameters, and those between. Raises `InputError` below 2 layers."
         super().__init__()
-        if num_layers < 2:
-            raise InputError(f"num_layers is {num_layers}; it counts the visual block, so below 2 no block would read "
-                             "the patches and every image would get the same prediction.")
+        check_arguments(_Layers.__init__, num_layers=num_layers, drop_path=drop_path)
         self.last_block = first_token
         self.visual_block = make_block(dim, num_heads)
         if between: self.objects = between()
@@ -132,6 +131,7 @@ class LabelBranch(LabelLayers):
     ):
         """`2 D K + K` parameters more than `LabelLayers` has.
         Raises `InputError` for fewer than 2 layers, and what `LatentObjects` refuses."""
+        check_arguments(LabelBranch.__init__, num_objects=num_objects, temperature=temperature, alpha=alpha)
         objects = partial(LatentObjects, dim, num_objects, temperature, assigner, embedding)
         super().__init__(dim, num_heads, num_classes, num_layers, drop_path, visual_features, objects)
         self.alpha, self.compact = alpha, num_objects >= COMPACT   # `compact`: train without keeping assignments

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from ..core.distributed import sum_over_ranks, world_size
 from ..core.errors import InputError
+from ..core.options import check_arguments
 from .backbone import BackboneOutput
 from .heads import Head, HeadOutput
 from .llb import CompactOutput, LabelBranch, LLBOutput
@@ -102,6 +103,7 @@ class LLBLoss(HeadLoss):
         local_diversity:bool=False,      # average per process and micro-batch, as the release does
         terms:dict[str, Term]|None=None  # more terms by name; see `HeadLoss`
     ):
+        check_arguments(LLBLoss.__init__, diversity_weight=diversity_weight, local_diversity=local_diversity)
         super().__init__(terms)
         self.local_diversity = local_diversity
         self.weights = {"entropy": -diversity_weight, **self.weights}

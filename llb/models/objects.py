@@ -18,6 +18,7 @@ from torch.nn.functional import softmax
 from torch.utils.checkpoint import checkpoint
 
 from ..core.errors import InputError
+from ..core.options import check_arguments, check_memory
 
 # %% ../../nbs/2_models/23_objects.ipynb #1254be7e
 def at_least_float32(
@@ -33,6 +34,10 @@ def without_autocast(
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 # %% ../../nbs/2_models/23_objects.ipynb #55d73a21
+def _check_fits(dim:int, num_objects:int):
+    "Raise `InputError` when K weights of width D, and an embedding as large, would not fit into memory."
+    if not torch.empty(0).is_meta: check_memory("num_objects", num_objects, 4 * num_objects * (2 * dim + 1))
+
 class SoftmaxAssigner(nn.Linear):
     "LLB's assigner: a linear score for each object, and a softmax over objects."
     def __init__(self,
@@ -40,8 +45,9 @@ class SoftmaxAssigner(nn.Linear):
         num_objects:int,        # K
         temperature:float=0.1   # of the softmax; the lower, the harder the choice
     ):
-        "Raises `InputError` for a temperature of 0 or below."
-        if temperature <= 0: raise InputError(f"temperature is {temperature}; it must be above 0 (the paper uses 0.1).")
+        "Raises `InputError` for a temperature that is no number above 0, and for more objects than memory holds."
+        check_arguments(SoftmaxAssigner.__init__, num_objects=num_objects, temperature=temperature)
+        _check_fits(dim, num_objects)
         super().__init__(dim, num_objects)
         self.temperature = temperature
         trunc_normal_(self.weight, std=.02)
@@ -123,7 +129,7 @@ class LatentObjects(Decoupling):
     ):
         "Raises `InputError` for fewer than 2 objects, and for parts that give other shapes."
         super().__init__()
-        if num_objects < 2: raise InputError(f"num_objects is {num_objects}; a choice needs at least 2 latent objects.")
+        check_arguments(LatentObjects.__init__, num_objects=num_objects, temperature=temperature)
         self.num_objects = num_objects
         assign = _make(assigner or partial(SoftmaxAssigner, temperature=temperature), dim, num_objects)
         self.embedding, self.assigner = _make(embedding or ObjectTable, dim, num_objects), assign

@@ -7,20 +7,25 @@ __all__ = ['describe_backbone', 'trained_with', 'check_same', 'SavedModel']
 
 # %% ../../nbs/2_models/24_saving.ipynb #157e04b7
 import json, sys
+from copy import copy
 from dataclasses import asdict
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import nn, Tensor
 
 import llb
 from ..core.errors import InputError
 from ..core.files import write_json
+from ..data.preprocessing import Preprocessing
 from .backbone import Backbone, backbone_from_state, load_backbone
 from .weights import read_state_dict
+from .zoo import find_method, FOCUS_NAME
 
 # %% ../../nbs/2_models/24_saving.ipynb #56eb7e4d
 _CONFIG_FILE, _WEIGHTS_FILE, _BACKBONE_FILE = "config.json", "model.safetensors", "backbone.safetensors"
@@ -78,6 +83,23 @@ def check_same(
         raise InputError(f"{str(source)!r} was trained with {listed}. Its numbers would mean nothing: use it with what "
                          "it was trained with (`llb evaluate` needs no flags for that), or train another.")
 
+# %% ../../nbs/2_models/24_saving.ipynb #8fb8e8b4
+def _read_preprocessing(
+    stored:dict # `Preprocessing` as JSON keeps it
+)->Preprocessing:
+    "Raises `InputError` for other fields than those of this version."
+    try: return Preprocessing(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})
+    except TypeError as e:
+        raise InputError(f"The preprocessing in {_CONFIG_FILE} is not of this version ({e}); load the model with the "
+                         "llb it names, or train again.") from e
+
+def _as_trained(backbone:Backbone, preprocessing:Preprocessing)->Backbone: # shares its weights
+    "A backbone with the preprocessing a model was trained with; as it is when it was loaded for another size."
+    if backbone.preprocessing == preprocessing or backbone.image_size != preprocessing.image_size: return backbone
+    seen = copy(backbone)
+    seen.preprocessing = preprocessing
+    return seen
+
 # %% ../../nbs/2_models/24_saving.ipynb #df53818c
 def _part_name(
     part # a class, or anything else that makes a part, or the part itself
@@ -92,12 +114,45 @@ def _find_part(
     option:str, # as it is passed: "assigner", say
     name:str    # from `_part_name`
 )->type[nn.Module]:
-    "The class a saved model names, among those that were imported. Raises `InputError` when it is not there."
+    "The class a saved model names, ours or among those that were imported. Raises `InputError` when it is not there."
     module, _, path = name.partition(":")
+    with suppress(ImportError):
+        if module.startswith("llb."): import_module(module)   # ours are always at hand
     found = getattr(sys.modules.get(module), path, None)
     if isinstance(found, type) and issubclass(found, nn.Module): return found
     raise InputError(f"The model was trained with {option} {name}, which is not at hand: import its module first, "
                      f"or pass {option}= as it was then.")
+
+# %% ../../nbs/2_models/24_saving.ipynb #df6106ca
+def _licence_of(backbone:Backbone)->str: # "" where nobody has said it
+    "The licence of a backbone's published weights."
+    if not backbone.spec.get("pretrained") or backbone.spec.get("checkpoint"): return ""
+    if backbone.name == FOCUS_NAME: return "mit"
+    method = find_method(backbone.name)
+    return (method.licence if method else backbone.vit.pretrained_cfg.get("license") or "").lower()
+
+_KNOWN_LICENCES = "apache-2.0", "mit", "cc-by-nc-4.0"   # those of our backbones that the hub has a name for
+
+def _hub_licence(licence:str)->dict[str, str]:
+    if not licence: return {"license": "unknown"}
+    return {"license": licence} if licence in _KNOWN_LICENCES else {"license": "other", "license_name": licence}
+
+# %% ../../nbs/2_models/24_saving.ipynb #0b6f35b6
+def _card_header(
+    name:str,             # of the model
+    licence:str,
+    metrics:dict|None,    # as in metrics.json
+    provenance:dict|None  # how it was trained
+)->ModelCardData:
+    "What the hub reads."
+    measured = [(who, metrics[who]["top1"]) for who in ("visual", "label", "fused") if metrics and who in metrics]
+    dataset = (provenance or {}).get("dataset", "unknown")
+    results = [EvalResult(task_type="image-classification", dataset_type="imagefolder", dataset_name=dataset,
+                          dataset_split="validation", metric_type="accuracy", metric_name=f"top-1, {who} prediction",
+                          metric_value=round(top1, 4)) for who, top1 in measured]
+    return ModelCardData(**_hub_licence(licence), library_name="llb", pipeline_tag="image-classification",
+                         tags=["latent-objects", "vision-transformer"], metrics=["accuracy"], model_name=name,
+                         eval_results=results or None)
 
 # %% ../../nbs/2_models/24_saving.ipynb #d31e1b07
 _PAPER = "https://openreview.net/forum?id=cH3oufN8Pl"
@@ -108,57 +163,98 @@ def _quoted(metrics:dict|None)->str: # Markdown
     lines = ["| prediction | top-1 | NLL (nats) |", "|---|---|---|"]
     for name in "visual", "label", "fused":
         if m := metrics.get(name): lines.append(f"| {name} | {m['top1']:.1%} | {m['nll']:.3f} |")
-    if seen := metrics.get("seen"): lines.append(f"\n{seen['scored']} images of the reported split, each scored once.")
+    if seen := metrics.get("seen"):
+        lines.append(f"\nn = {seen['scored']} images of the reported split, each scored once.")
+    if alpha := metrics.get("alpha"):
+        lines.append(f"Fused with alpha {alpha['value']:g}, the weight of the visual prediction, which "
+                     f"{alpha['chosen']}.")
     return "\n".join(lines)
 
+# %% ../../nbs/2_models/24_saving.ipynb #8898ee6f
+def _rows(facts:dict)->str: # Markdown
+    "A table of names and values."
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_escaped(value)} |" for name, value in facts.items())])
+
+def _escaped(text)->str: # on one line, with nothing that Markdown or HTML would read
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|$" else c for c in " ".join(str(text).split()))
+
 # %% ../../nbs/2_models/24_saving.ipynb #8611dd98
-def _card_text(
-    kind:str,           # "LLB"
-    settings:dict,
-    backbone:str,       # its name
-    source:str,         # where its weights came from
-    classes:list|None,
-    metrics:dict|None   # as in metrics.json
-)->str: # Markdown
-    "What a model card says below its header."
-    names = ", ".join(map(str, classes)) if classes else "not recorded"
-    table = "\n".join(f"| {k} | {v} |" for k, v in settings.items())
-    return f"""# {kind} on {backbone}
+_CARD = """# {title}
 
-Label-focused latent objects on a frozen backbone ([Kang, Bae and Kim, ICLR 2024]({_PAPER})).
-Trained with llb {llb.__version__}. Backbone: `{backbone}` ({source}). Classes: {names}.
-
-{_quoted(metrics)}
-
-| setting | value |
-|---|---|
-{table}
+Label-focused latent objects on a frozen backbone ([Kang, Bae and Kim, ICLR 2024]({paper})), by llb {version}.
 
     from llb import {kind}
-    {kind}.from_pretrained("this folder or repository").predict("photo.jpg")
+    model = {kind}.from_pretrained("this folder or repository")
+    print(model.predict("photo.jpg"))
+
+## Numbers
+
+{numbers}
+
+## How it was trained
+
+{trained}
+
+## Settings
+
+{settings}
+
+## Classes
+
+{classes}
+
+## Limits
+
+* It knows the classes above and no other: whatever an image shows, it gets one of them.
+* The numbers are those of one run on one split of the data named above. Other images may be harder, and differences of
+  a few images are within chance.
+* The backbone was not trained here; what it cannot tell apart, or has learned to prefer, this model has inherited.
+  Licence of its weights: {licence}.
 """
 
+# %% ../../nbs/2_models/24_saving.ipynb #5f629d4e
+def _card_text(
+    model,          # see `_Written`
+    licence:str
+)->str: # Markdown
+    "What a model card says below its header."
+    backbone, kind = model.backbone, type(model).__name__
+    facts = {**model.settings, "backbone": f"{backbone.name} ({backbone.source})",
+             "content of the backbone": backbone.content_hash(), **asdict(backbone.preprocessing)}
+    return _CARD.format(
+        title=f"{kind} on {backbone.name}", paper=_PAPER, version=llb.__version__, kind=kind,
+        numbers=_quoted(model.metrics), licence=licence or "not known",
+        trained=_rows(model.provenance) if model.provenance else "Not recorded.", settings=_rows(facts),
+        classes=", ".join(map(_escaped, model.classes)) if model.classes else "Not recorded.")
+
 # %% ../../nbs/2_models/24_saving.ipynb #e42f62a8
-_FORMAT = 2   # of the folder; 1 was written by llb 0.1
+_FORMAT = 3   # of the folder; 1 was written by llb 0.1, 2 by what led to 0.2
 
 class _Written(ModelHubMixin, library_name="llb", tags=["latent-objects"], paper_url=_PAPER):
-    "How a model with `.backbone`, `.branch`, `.settings`, `.parts`, `.classes` and `.metrics` is written."
+    "How a model is written that has what is named here."
+    backbone: Backbone
+    branch: nn.Module              # the trained part
+    settings: dict                 # options of `__init__`, JSON-able
+    parts: dict                    # options of `__init__` that hold code of others
+    classes: list[str]|None = None # C names
+    metrics: dict|None = None      # what metrics.json holds
+    provenance: dict|None = None   # how it was trained, JSON-able
+
     def _save_pretrained(self, save_directory:Path):
         parts = {option: _part_name(part) for option, part in self.parts.items()}
         write_json(save_directory / _CONFIG_FILE, {
             "format": _FORMAT, "llb": llb.__version__, "kind": type(self).__name__,
             "model": self.settings, "parts": parts, "frozen": describe_backbone(self.backbone),
-            "classes": self.classes, "metrics": self.metrics})
+            "classes": self.classes, "metrics": self.metrics, "provenance": self.provenance})
         weights = {name: value.contiguous() for name, value in self.branch.state_dict().items()}
         save_file(weights, save_directory / _WEIGHTS_FILE)
         if not self.backbone.reloadable: save_file(self.backbone.state(), save_directory / _BACKBONE_FILE)
 
     def generate_model_card(self, **_)->ModelCard:
         "The card that `save_pretrained` and `push_to_hub` write; it quotes `metrics`."
-        text = _card_text(type(self).__name__, self.settings, self.backbone.name, self.backbone.source, self.classes,
-                         self.metrics)
-        data = ModelCardData(library_name="llb", tags=["latent-objects", "image-classification"])
-        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+        name, licence = f"{type(self).__name__} on {self.backbone.name}", _licence_of(self.backbone)
+        header = _card_header(name, licence, self.metrics, self.provenance)
+        return ModelCard(f"---\n{header.to_yaml()}\n---\n\n{_card_text(self, licence)}")
 
 # %% ../../nbs/2_models/24_saving.ipynb #68dada6c
 def _folder_of(source:str, **hub)->Path:
@@ -169,41 +265,68 @@ def _folder_of(source:str, **hub)->Path:
         raise InputError(f"There is no folder {source!r}, and as a repository of the Hugging Face hub it could not be "
                          f"read ({type(e).__name__}); check the name and the network.") from e
 
+_FIELDS = {   # of config.json
+    "kind": str, "model": dict, "parts": dict, "frozen": dict, "classes": list | None, "metrics": dict | None,
+    "provenance": dict | None,
+    "frozen.spec": dict, "frozen.source": str, "frozen.content_hash": str, "frozen.preprocessing": dict}
+
+def _wrong_fields(config:dict)->str: # in words; "" when nothing is wrong
+    "What config.json lacks, or holds as something else."
+    frozen = config["frozen"] if isinstance(config["frozen"], dict) else {}
+    fields = config | {f"frozen.{name}": value for name, value in frozen.items()}
+    wrong = [name for name, kind in _FIELDS.items() if not isinstance(fields.get(name, ...), kind)]
+    if wrong: return f"{', '.join(wrong)} missing or of another type"
+    names, count = config["classes"], config["model"].get("num_classes")
+    return f"{len(names)} class names for {count} classes" if names and count and len(names) != count else ""
+
+def _check_config(config, file:Path):
+    "Raise `InputError` unless this is what `save_pretrained` writes, in this version."
+    if not isinstance(config, dict) or not {"model", "frozen"} <= config.keys():
+        raise InputError(f"{str(file)!r} does not describe a model; give a folder of save_pretrained().")
+    if config.get("format") != _FORMAT:
+        raise InputError(f"{str(file.parent)!r} was written in format {config.get('format', 1)} by llb "
+                         f"{config.get('llb', '0.1')}; this is llb {llb.__version__}, which reads format {_FORMAT}. "
+                         "Load it with the version that wrote it, or train again.")
+    if wrong := _wrong_fields(config):
+        raise InputError(f"{str(file)!r} is damaged ({wrong}); save the model again, or take it from a copy.")
+
+# %% ../../nbs/2_models/24_saving.ipynb #8bc95ebf
 def _read_config(folder:Path)->dict:
     "What a saved model is. Raises `InputError` for an incomplete or damaged folder, or one of another version."
     for name in _CONFIG_FILE, _WEIGHTS_FILE:
         if not (folder / name).is_file():
             raise InputError(f"{str(folder)!r} holds no {name}; give a folder or repository of save_pretrained().")
-    try: config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise InputError(f"{str(folder / _CONFIG_FILE)!r} is damaged ({e}); save the model again, or take it from a "
-                         "copy.") from e
-    if not isinstance(config, dict) or not {"model", "frozen"} <= config.keys():
-        raise InputError(f"{str(folder / _CONFIG_FILE)!r} does not describe a model; "
-                         "give a folder of save_pretrained().")
-    if config.get("format") != _FORMAT:
-        written = f"format {config.get('format', 1)} by llb {config.get('llb', '0.1')}"
-        raise InputError(f"{str(folder)!r} was written in {written}; this is llb {llb.__version__}, which reads format "
-                         f"{_FORMAT}. Load it with that version, or train again.")
+    file = folder / _CONFIG_FILE
+    try: config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{str(file)!r} is damaged ({e}); save the model again, or take it from a copy.") from e
+    _check_config(config, file)
     return config
 
 # %% ../../nbs/2_models/24_saving.ipynb #9577df14
+def _unlike(weights:dict[str, Tensor], wanted:dict[str, Tensor])->str: # "" when nothing is wrong
+    "What is wrong with weights besides their names and shapes."
+    for name, value in weights.items():
+        floating = value.is_floating_point()
+        if name in wanted and floating != wanted[name].is_floating_point(): return f"{name} is {value.dtype}"
+        if floating and not value.isfinite().all(): return f"{name} has values that are not finite"
+    return ""
+
 def _fill(module:nn.Module, file:Path):
     "Load weights strictly, in their own precision. Raises `InputError` when they are damaged or of another shape."
     try:
         weights = load_file(file)
+        if why := _unlike(weights, module.state_dict()): raise RuntimeError(why)
         floating = next((w.dtype for w in weights.values() if w.is_floating_point()), None)
         module.to(floating).load_state_dict(weights)
-        if wild := [name for name, w in weights.items() if not w.isfinite().all()]:
-            raise RuntimeError(f"{len(wild)} tensors are not finite, as {wild[0]}")
-    except (SafetensorError, RuntimeError) as e:
+    except (OSError, SafetensorError, RuntimeError) as e:
         why = " ".join(str(e).split())[:300]
         raise InputError(f"{str(file)!r} does not hold this model's weights ({why}); it is damaged or belongs to "
                          "another model.") from e
 
 # %% ../../nbs/2_models/24_saving.ipynb #8419db2c
-class SavedModel(_Written):
-    "A model that can be written to a folder or hub repository, and read from one."
+class _Remade(_Written):
+    "How a model is made again from what its folder says."
     @classmethod
     def _kind_named(cls, name:str)->type:
         "This class or one derived from it, by name. Raises `InputError` for any other."
@@ -214,6 +337,26 @@ class SavedModel(_Written):
         raise InputError(f"The folder holds a model of kind {name}, not {cls.__name__}; "
                          f"load it with {name}.from_pretrained().")
 
+    @classmethod
+    def _made(cls, config:dict, folder:Path, source:str|Path, backbone:Backbone|None, parts:dict):
+        "The model a configuration describes, not yet filled."
+        kind, named = cls._kind_named(config["kind"]), config["frozen"]
+        found = {option: _find_part(option, name) for option, name in config["parts"].items() if option not in parts}
+        try:
+            backbone = backbone or _restore_backbone(named, folder / _BACKBONE_FILE)
+            backbone = _as_trained(backbone, _read_preprocessing(named["preprocessing"]))
+            check_same(_facts(named, {}, None), _facts(describe_backbone(backbone), {}, None), source)
+            model = kind(backbone, **config["model"], **parts, **found)
+        except TypeError as e:
+            raise InputError(f"{str(folder / _CONFIG_FILE)!r} does not fit {kind.__name__} of this version ({e}); "
+                             "it is damaged, or a part was passed that the model does not have.") from e
+        model.classes, model.metrics = config["classes"], config["metrics"]
+        model.provenance = config["provenance"]
+        return model
+
+# %% ../../nbs/2_models/24_saving.ipynb #36ccfab4
+class SavedModel(_Remade):
+    "A model that can be written to a folder or hub repository, and read from one."
     @classmethod
     def from_pretrained(cls,
         source:str|Path,              # a folder of `save_pretrained`, or a repository id of the Hugging Face hub
@@ -227,12 +370,6 @@ class SavedModel(_Written):
                    local_files_only=local_files_only, token=token)
         folder = _folder_of(str(source), **hub)
         config = _read_config(folder)
-        kind = cls._kind_named(config["kind"])
-        for option, name in config["parts"].items():
-            if option not in parts: parts[option] = _find_part(option, name)
-        backbone = backbone or _restore_backbone(config["frozen"], folder / _BACKBONE_FILE)
-        check_same(_facts(config["frozen"], {}, None), _facts(describe_backbone(backbone), {}, None), source)
-        model = kind(backbone, **config["model"], **parts)
+        model = cls._made(config, folder, source, backbone, parts)
         _fill(model.branch, folder / _WEIGHTS_FILE)
-        model.classes, model.metrics = config["classes"], config["metrics"]
         return model.eval()

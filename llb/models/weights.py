@@ -75,7 +75,7 @@ def read_state_dict(
                          "alone: torch.save(torch.jit.load(FILE, 'cpu').state_dict(), 'weights.pth').")
     try: state = _read_tensors(path)
     except Exception as e:
-        why = " ".join([f"{type(e).__name__}:", *str(e).splitlines()[:1]])
+        why = ": ".join([type(e).__name__, *str(e).splitlines()[:1]])
         if not path.stat().st_size: why = "it is empty"
         raise InputError(f"{str(path)!r} cannot be read as weights ({why}); expected a safetensors file, an .npz file, "
                          "or a PyTorch file that holds nothing but tensors and plain values.") from e

@@ -19,6 +19,7 @@ from ..core.distributed import raise_everywhere, run_on_main, Runtime
 from ..core.errors import InputError
 from ..core.files import read_json, write_json
 from ..data.splits import Data
+from ..models.heads import HeadModel
 from ..models.llb import LLB
 from ..models.saving import describe_backbone
 from .build import make_data
@@ -208,7 +209,7 @@ class RunWriter(_Checkpoints):
         with raise_everywhere():
             self.loggers = make_loggers(config.run.loggers, folder, config.to_dict()) if runtime.is_main else []
 
-    def describe(self, model:LLB, about_data:dict, global_batch:int):
+    def describe(self, model:HeadModel, about_data:dict, global_batch:int):
         "Write config.json before the first step."
         if not self.runtime.is_main: return
         trained = sum(p.numel() for p in model.branch.parameters())
@@ -303,7 +304,7 @@ class RunReader(_RecordReader):
                              "finish it with `llb train --resume`.")
         return self
 
-    def load_model(self)->LLB: # on the CPU, in eval mode
+    def load_model(self)->HeadModel|LLB: # on the CPU, in eval mode
         "The chosen model. Raises `InputError` when the run has left none."
         if self._model is None:
             folder = self.folder / "model"
@@ -313,7 +314,7 @@ class RunReader(_RecordReader):
             if not (folder / "model.safetensors").is_file():
                 raise InputError(f"{str(self.folder)!r} holds no trained model (model/model.safetensors); "
                                  "finish the run.")
-            self._model = LLB.from_pretrained(folder)
+            self._model = HeadModel.from_pretrained(folder)
         return self._model
 
     def load_data(self)->Data:

@@ -74,6 +74,7 @@ def _check(name:str, values:list[str]):
 def _translate_flag(name:str|None, values:list[str])->list[str]:
     "One flag in our names; [] for one that says what is always so."
     if name is None: return values
+    if name == "last_epoch" and not values: return ["--last_epoch"]   # ours; the release's has a value
     if name in ALWAYS or name in ONLY: return []
     if name in IMPLIED: return IMPLIED[name]
     if name == "resume" and values in (["True"], ["False"]): return ["--resume"] if values == ["True"] else []

@@ -26,6 +26,7 @@ from ..core.distributed import Runtime
 from ..core.errors import InputError
 from ..core.seeds import seed_from, seeded
 from ..data.batches import ImageDataset
+from ..data.images import as_rgb
 from ..data.preprocessing import Preprocessing
 from ..models.backbone import Backbone
 from ..runs.config import Config, VisualConfig
@@ -100,6 +101,7 @@ def visual_transform(
     operations = [operation for step in steps.transforms for operation in getattr(step, "ops", ())]
     for operation in operations:
         if "Posterize" in operation.name: operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
+    steps.transforms.insert(0, partial(as_rgb, background=p.background))
     return steps
 
 class VisualInputs(Inputs):

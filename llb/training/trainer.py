@@ -23,18 +23,21 @@ from ..core.errors import InputError
 from ..core.files import atomic
 from ..data.datasets import BUNDLED
 from ..data.image_cache import StoredImages
+from ..data.images import parse_colour
 from ..data.splits import Data
 from ..models.heads import HeadModel, HeadOutput
 from ..models.llb import LLB
 from ..models.loss import HeadLoss
+from ..models.rivals import FittedHead, head_name
 from ..models.saving import describe_backbone
 from ..models.token_cache import TokenDataset
-from ..runs.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, VisualConfig
+from ..runs.config import (Config, DataConfig, ModelConfig, OptimConfig, options_of_head, RunConfig,
+                             VisualConfig)
 from ..runs.folder import check_resumable, describe_data, RunWriter
 from .evaluate import format_table, reported_weights, report_metrics, save_predictions, score_model
-from .inputs import features_of, Inputs
+from .inputs import features_of, Inputs, read_visual_features
 from .metrics import ALPHAS, choose_alpha, measure, Scores
-from .step import TrainStep
+from .step import FitStep, TrainStep
 
 # %% ../../nbs/4_training/46_trainer.ipynb #323458a7
 def _agreed(part, fixed:dict, owner:str): # the part with these values
@@ -48,8 +51,9 @@ def _agreed(part, fixed:dict, owner:str): # the part with these values
 
 def _of_model(config:ModelConfig, model:HeadModel)->ModelConfig:
     "What a model fixes."
-    names = "num_objects", "num_layers", "target_layer", "temperature", "drop_path"
-    fixed = {name: model.settings[name] for name in names if name in model.settings}
+    head = head_name(model) if isinstance(model, HeadModel) else config.head
+    found = {**model.settings, **model.settings.get("options", {})}
+    fixed = {"head": head, **{name: found[name] for name in options_of_head(head) if name in found}}
     height, width = model.backbone.image_size
     if height == width: fixed["image_size"] = height
     named = replace(config, backbone=_backbone_name(config.backbone, model.backbone.name))
@@ -70,6 +74,14 @@ def _of_data(config:DataConfig, data:Data)->DataConfig:
                          "give it once.")
     return config
 
+# %% ../../nbs/4_training/46_trainer.ipynb #d146ebfe
+def _with_background(config:DataConfig, model:HeadModel)->DataConfig:
+    "The background of transparent images that the model was built with."
+    background = model.backbone.preprocessing.background
+    if parse_colour(config.alpha_background) == background: return config
+    text = ",".join(map(str, background))
+    return _agreed(config, {"alpha_background": text}, "the model was built with")
+
 # %% ../../nbs/4_training/46_trainer.ipynb #6a619968
 def complete_config(
     config:Config|None,           # None for defaults
@@ -85,8 +97,9 @@ def complete_config(
     config = replace(config, **{owner: part for owner, part in parts.items() if part is not None})
     if (known := model.settings["num_classes"]) != len(data.classes):
         raise InputError(f"The model has {known} classes, but {data.train.root} has {len(data.classes)}.")
-    config = replace(config, model=_of_model(config.model, model), data=_of_data(config.data, data))
-    if config.run.name or isinstance(model, LLB) or config.visual.objective == "visual": return config
+    found = _with_background(_of_data(config.data, data), model)
+    config = replace(config, model=_of_model(config.model, model), data=found)
+    if config.run.name or config.model.head != "own": return config
     head = type(model.branch).__name__
     name = f"{config.data.dataset}-{model.backbone.name}-{head}-seed{config.run.seed}"
     return replace(config, run=replace(config.run, name=name.replace("/", "_")))
@@ -210,10 +223,23 @@ class _Trained:
         given = self.config.model.alpha
         return tuple(sorted({*ALPHAS, *([] if given is None else [given])}))
 
-    def make_step(self)->TrainStep: return self.step_type(self.model, self.config, self.runtime, self.loss)
+# %% ../../nbs/4_training/46_trainer.ipynb #2b69c120
+class _Stepped(_Trained):
+    "What takes its steps, and how often it sees the images."
+    @property
+    def fitted(self)->bool:
+        "Whether the head is fitted in one go, without gradients."
+        return isinstance(self.model.branch, FittedHead)
+
+    @property
+    def epochs(self)->int: return 1 if self.fitted else self.config.optim.epochs
+
+    def make_step(self)->TrainStep|FitStep:
+        if self.fitted: return FitStep(self.model)
+        return self.step_type(self.model, self.config, self.runtime, self.loss)
 
 # %% ../../nbs/4_training/46_trainer.ipynb #739beca6
-class _Saved(_Trained):
+class _Saved(_Stepped):
     "How a run is saved and restored."
     def save(self):
         "Write a checkpoint of this step; every process takes part."
@@ -258,7 +284,7 @@ class _Prepared(_Saved):
         if saved: self.restore(saved)
         self.writer.describe(self.model, self.about_data, self.global_batch)
         self.writer.write("resume" if saved else "start", self.state.step, per_epoch=self.batches.per_epoch,
-                          epochs=self.config.optim.epochs)
+                          epochs=self.epochs)
 
 # %% ../../nbs/4_training/46_trainer.ipynb #0185e122
 PROBE = 5   # steps that are timed before an ETA is given
@@ -284,7 +310,7 @@ class _Stepping(_Prepared):
         batches.seek(state.step, epoch=len(state.history))
         self.model.train()
         timer = EpochTimer(state.step)
-        desc = f"epoch {batches.epoch + 1}/{self.config.optim.epochs}"
+        desc = f"epoch {batches.epoch + 1}/{self.epochs}"
         with progress(total=batches.per_epoch, initial=batches.start, desc=desc) as bar:
             for batch, waited in self.agreed_batches():
                 terms = self.train_step(batch, state.step, state.step / batches.per_epoch)
@@ -337,7 +363,7 @@ class _Logging(_Stepping):
 
     def log_eta(self, seconds:float): # of one step
         "Estimate from the first steps when the run will be done."
-        left = (self.config.optim.epochs * self.batches.per_epoch - self.state.step) * seconds
+        left = (self.epochs * self.batches.per_epoch - self.state.step) * seconds
         self.writer.write("probe", self.state.step, seconds_per_step=seconds, seconds_left=left)
         print_main(f"At {seconds:.2f} s a step, training will take {left / 60:.1f} more minutes.")
 
@@ -375,12 +401,26 @@ class _Validating(_Logging):
         self.state.end_epoch(event, self.model.branch, chosen)
         self.save()
         top1 = "  ".join(f"{name} {found['top1']:.1%}" for name, found in values["selection"].items())
-        print_main(f"epoch {len(self.state.history)}/{self.config.optim.epochs}  loss {event['terms']['loss']:.3f}  "
+        print_main(f"epoch {len(self.state.history)}/{self.epochs}  loss {event['terms']['loss']:.3f}  "
                    f"selection top-1: {top1} (alpha {values['alpha']:g})  {speed['seconds']:.0f} s, "
                    f"{speed['images_per_s']:.0f} images/s, {speed['data_wait']:.0%} waiting for data")
 
+# %% ../../nbs/4_training/46_trainer.ipynb #615c0a82
+class _Fitting(_Validating):
+    "The way to the end of the next epoch."
+    def advance(self):
+        "Train an epoch, or fit the head."
+        if not self.fitted: return self.train_epoch()
+        timer, steps = EpochTimer(0), self.batches.per_epoch
+        train, inner = (read_visual_features(self.model, self.inputs.evaluation(split), self.runtime, split)
+                        for split in ("train", "selection"))
+        chosen = self.model.branch.fit(*train, *inner)
+        self.state.step = steps
+        self.state.terms = {"loss": torch.tensor(chosen["inner_nll"] * steps, device=self.runtime.device)}
+        self.end_epoch({**timer.speed(steps, self.batches.batch_size), "fit": chosen})
+
 # %% ../../nbs/4_training/46_trainer.ipynb #e4ddd67a
-class _Reporting(_Validating):
+class _Reporting(_Fitting):
     "The end of a run that was not stopped."
     def report(self)->dict:
         "Take the best epoch, score the validation split once, write the numbers, predictions and the model."
@@ -388,16 +428,27 @@ class _Reporting(_Validating):
         model.branch.load_state_dict(state.best_branch)
         model.alpha = state.best["alpha"]
         scores, usage = self.score("val")
-        metrics = {**report_metrics(scores, self.data.val, model.alpha, self.alpha_chosen()), "objects": usage,
+        fit = {"fit": state.history[0]["fit"]} if self.fitted else {}
+        metrics = {**report_metrics(scores, self.data.val, model.alpha, self.alpha_chosen()), "objects": usage, **fit,
                    "chosen_epoch": state.describe_best(),
                    "features": "bf16 cache" if self.config.data.cache else "images"}
-        model.metrics = metrics
+        model.metrics, model.provenance = metrics, self.provenance()
         def write(folder):
             save_predictions(folder / "predictions.safetensors", scores, model.alpha)
             model.save_pretrained(folder / "model")
         self.writer.finish(metrics, write)
         print_main(format_table(metrics))
         return metrics
+
+    def provenance(self)->dict: # for the model card
+        "How the model was trained."
+        data, optim = self.config.data, self.config.optim
+        own = data.dataset == "ImageFolder"
+        return {"dataset": self.data.train.root.resolve().name if own else data.dataset,
+                **{f"{split} images": len(images) for split, images in vars(self.data).items()},
+                "epochs": optim.epochs, "chosen epoch": self.state.best["epoch"], "optimizer": optim.opt,
+                "learning rate": optim.lr, "images a step": self.global_batch, "augmentation": data.augment,
+                "seed": self.config.run.seed}
 
     def alpha_chosen(self)->str: # in words
         if self.config.model.alpha is not None: return "was given"
@@ -412,7 +463,7 @@ class Trainer(_Reporting):
         self.prepare()
         with StopFlag(self.writer.folder / "stop") as self.stop:
             try:
-                while len(self.state.history) < self.config.optim.epochs and not self.stopped: self.train_epoch()
+                while len(self.state.history) < self.epochs and not self.stopped: self.advance()
                 metrics = {} if self.stopped else self.report()
                 if self.stopped: self.finish("stopped", by=self.stopped)
                 else: self.finish("done")
