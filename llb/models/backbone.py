@@ -188,7 +188,8 @@ def architecture(
     plain = re.sub(r"^hf[-_]hub:", "", name)
     plain = hub_equivalent(plain) or plain.removeprefix("timm/")
     if timm.is_model(plain): return _with_known_tag(plain)
-    if Path(name).is_file(): raise InputError(f"{name} is a file: give the name of its architecture, and checkpoint={name!r}.")
+    if Path(name).is_file():
+        raise InputError(f"{name} is a file: give the name of its architecture, and checkpoint={name!r}.")
     raise InputError(f"Unknown backbone {name!r}. Near matches: {_near(plain)}. Any ViT of timm works; "
                      "list_backbones('*base*') lists them.")
 
@@ -419,11 +420,12 @@ def _hub_vit(arch:str, size:tuple[int,int], num_classes:int|None, name:str)->tup
     if published is None or not published.has_weights:
         raise InputError(f"timm has no published weights for {name}; pass checkpoint=, or pretrained=False for a "
                          "random backbone.")
-    source = f"{published.hf_hub_id}@{revision}" if revision else published.hf_hub_id
+    source = f"{published.hf_hub_id}@{revision}" if revision else published.hf_hub_id or name
     overlay = dict(pretrained_cfg_overlay=dict(hf_hub_id=source)) if revision else {}
     projects = _projects(f"{published.architecture}.{published.tag}", published.num_classes)
     headless = projects or _leaves_head(name, published.num_classes, num_classes)
-    try: return _make_vit(arch, size, 0 if headless else None, pretrained=True, **overlay), f"timm hub: {source or name}"
+    classes = 0 if headless else None
+    try: return _make_vit(arch, size, classes, pretrained=True, **overlay), f"timm hub: {source}"
     except Exception as e:
         why = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:160]}"
         raise InputError(f"The weights of {name} could not be fetched ({why}). Connect to the Hugging Face hub once, "
@@ -494,7 +496,8 @@ def _probe_once(backbone:Backbone):
 
 def _probe(backbone:Backbone):
     "Raise `InputError` for a backbone whose forward pass fails or gives other shapes than it says."
-    tensors = {k: torch.empty_like(v, device="meta") for k, v in [*backbone.named_parameters(), *backbone.named_buffers()]}
+    tensors = [*backbone.named_parameters(), *backbone.named_buffers()]
+    tensors = {k: torch.empty_like(v, device="meta") for k, v in tensors}
     try:
         with torch.device("meta"):
             images = torch.empty(1, 3, *backbone.image_size)
@@ -502,8 +505,8 @@ def _probe(backbone:Backbone):
             first = functional_call(backbone, tensors, (images, 1, False))
     except Exception as e:
         why = (str(e).strip().splitlines() or [""])[0][:160]
-        raise InputError(f"{backbone.name} loads, but its forward pass fails ({type(e).__name__}: {why}); it cannot be a "
-                         "backbone.") from e
+        raise InputError(f"{backbone.name} loads, but its forward pass fails ({type(e).__name__}: {why}); "
+                         "it cannot be a backbone.") from e
     tokens = (1, backbone.num_prefix + math.prod(backbone.grid), backbone.dim)
     scores = (1, backbone.num_classes) if backbone.num_classes else None
     found = (first.tokens.shape, out.tokens.shape, out.visual_features.shape, getattr(out.visual_logits, "shape", None))
@@ -553,7 +556,8 @@ def _plain_options(
         raise InputError(f"{name} holds no plain ViT: {', '.join(missing)} missing.")
     positions, kernel, hidden, head = (state[k] for k in _PLAIN_PARTS)
     dim, patch, side = positions.shape[2], kernel.shape[-1], _square_side(positions.shape[1] - 1)
-    if kernel.shape[-2] != patch: raise InputError(f"{name} has patches of {kernel.shape[-2]} x {patch} pixels, no squares.")
+    if kernel.shape[-2] != patch:
+        raise InputError(f"{name} has patches of {kernel.shape[-2]} x {patch} pixels, which are no squares.")
     if not side: raise InputError(f"{name} holds {positions.shape[1] - 1} patch positions, which are no square.")
     if dim % num_heads:
         raise InputError(f"num_heads is {num_heads}, but {name} is {dim} wide; it must be a divisor of that.")
