@@ -390,6 +390,18 @@ def _base(start:argparse.Namespace, flags:list[str])->Config|None:
     return _resumed(base, Path(start.resume))
 
 # %% ../../nbs/3_runs/31_config.ipynb #25f99489
+def _parse_flags(flags:list[str], prog:str, default:Config|None)->Config:
+    "The command line, on top of some values."
+    about = ("Train LLB on a frozen backbone. --recipe NAME or --config FILE (TOML, or a run's config.json) "
+             "sets all values first; --resume RUN goes on with the run in that folder.")
+    return tyro.cli(tyro.conf.OmitArgPrefixes[Config], args=flags, prog=prog, description=about, use_underscores=True,
+                    default=default)
+
+def _to_evaluate(record:Path, config:Config)->Config:
+    "The configuration of a finished run, for `--eval` to score it by; flags change it, and must not contradict it."
+    mine = dict(save_dir=config.run.save_dir, name=config.run_folder.name, device=config.run.device)
+    return Config.from_file(record).but(nv_weights=None, resume=False, overwrite=False, save_every=0, **mine)
+
 def parse_command(
     argv:list[str],          # the words after the command
     prog:str="llb train"     # for the usage line
@@ -399,9 +411,9 @@ def parse_command(
     flags = translate(flags) + {"True": ["--resume"], "False": ["--no_resume"]}.get(start.resume, [])
     names = [word[2:].split("=")[0] for word in flags if word.startswith("--")]
     refuse_unknown(names, _FLAGS, "flags", "--")
-    about = ("Train LLB on a frozen backbone. --recipe NAME or --config FILE (TOML, or a run's config.json) "
-             "sets all values first; --resume RUN goes on with the run in that folder.")
-    config = tyro.cli(tyro.conf.OmitArgPrefixes[Config], args=flags, prog=prog, description=about, use_underscores=True,
-                      default=_base(start, flags))
+    base = _base(start, flags)
+    config = _parse_flags(flags, prog, base)
     if start.vit_patch: check_patch(start.vit_patch, config.model.backbone)
-    return config
+    record = config.run_folder / "config.json"
+    evaluated = config.run.eval and not base and not config.model.nv_weights and record.is_file()
+    return _parse_flags(flags, prog, _to_evaluate(record, config)) if evaluated else config
