@@ -10,6 +10,7 @@ import os, sys
 
 from tqdm.auto import tqdm
 from .distributed import rank
+from .errors import printable
 
 # %% ../../nbs/0_core/03_console.ipynb #5dbee307
 def is_interactive()->bool: # someone watches: a terminal or a notebook
@@ -32,4 +33,4 @@ def print_main(
     message:str
 ):
     "Print a line for a person, once, whatever the number of processes."
-    if rank() == 0: tqdm.write(message)
+    if rank() == 0: tqdm.write(printable(message))

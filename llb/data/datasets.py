@@ -17,7 +17,7 @@ from timm.data import ImageNetInfo, RealLabelsImagenet
 
 from ..core.console import print_main
 from ..core.errors import InputError
-from .images import ImageList, scan_folder
+from .images import check_name, ImageList, scan_folder
 from .splits import check_labels, Data, load_data, make_splits
 
 # %% ../../nbs/1_data/12_datasets.ipynb #243bd970
@@ -37,10 +37,18 @@ def _check_files(
         raise InputError(f"{len(missing)} of {len(images)} listed images are not in {images.root}, {missing[0]} for "
                          "one; unpack their archive there, or correct --data_dir.")
 
+# %% ../../nbs/1_data/12_datasets.ipynb #f54a2667
+def _check_listed(name:str, source:Path):
+    "Raise `InputError` for a name that leads out of the folder or cannot be printed."
+    check_name(name, source)
+    if name.startswith(("/", "~")) or ".." in name.split("/") or Path(name).is_absolute():
+        raise InputError(f"{source} names {name!r}, which is outside its folder; a list must name files below it.")
+
 # %% ../../nbs/1_data/12_datasets.ipynb #eb860d80
 def _from_rows(root:Path, rows:list[tuple[str, int]], classes:tuple[str, ...], source:str)->ImageList:
     "Images from (file, label) pairs, by file name. Raises `InputError` for none, or missing ones."
     if not rows: raise InputError(f"{root / source} lists no images.")
+    for name, _ in rows: _check_listed(name, root / source)
     names, labels = zip(*sorted(rows))
     images = ImageList(root, names, labels, classes, names)
     _check_files(images)
