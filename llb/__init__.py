@@ -23,6 +23,7 @@ _HOME = {
     "load_dataset": "data.datasets",
     "Config": "runs.config",
     "evaluate": "training.evaluate",
+    "compare": "study.compare",
     "start": "runs.processes",
     "attach": "runs.processes",
     "Trainer": "training.trainer",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:   # what an editor reads; a test compares it with _HOME
     from .runs.config import Config as Config
     from .runs.processes import attach as attach
     from .runs.processes import start as start
+    from .study.compare import compare as compare
     from .training.evaluate import evaluate as evaluate
     from .training.trainer import Trainer as Trainer
 

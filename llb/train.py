@@ -37,13 +37,13 @@ def _fit(config:Config, data, backbone, runtime)->dict: # what metrics.json hold
 def _score(config:Config, data, backbone, runtime)->dict: # what metrics.json holds
     "Score a trained model on the validation split. Raises `InputError` when there is none, or the flags contradict it."
     from llb.core.console import print_main
-    from llb.models.llb import LLB
+    from llb.models.heads import HeadModel
     from llb.runs.build import make_model
     from llb.training.evaluate import evaluate
     from llb.training.trainer import complete_config
     folder = config.run_folder / "model"
     if config.model.nv_weights: model = make_model(config.model, backbone, len(data.classes))
-    elif folder.is_dir(): model = LLB.from_pretrained(folder, backbone=backbone)
+    elif folder.is_dir(): model = HeadModel.from_pretrained(folder, backbone=backbone)
     else: raise InputError(f"There is no trained model in {str(folder)!r} to evaluate; name one with --nv_weights.")
     found = evaluate(model, data, config.model.alpha, complete_config(config, model, data), runtime)
     print_main(str(found))

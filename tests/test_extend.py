@@ -179,7 +179,7 @@ def test_predictions_of_files_folders_and_images(make_llb, tmp_path):
     folder, model = make_images(tmp_path / "shapes", 2), make_llb()
     model.classes = ["circle", "square", "triangle"]
     found = model.predict(folder)
-    assert found.images == [f"{name}/{i:02}.png" for name in model.classes for i in (0, 1)] and len(found) == 6
+    assert found.images == [str(folder / name / f"{i:02}.png") for name in model.classes for i in (0, 1)]
     assert all(torch.allclose(p.sum(-1), torch.ones(6)) and p.shape == (6, 3) for p in found.probabilities.values())
     files = sorted(folder.rglob("*.png"))
     for same in files, [str(f) for f in files], [Image.open(f) for f in files], [folder / "circle", files[2:]]:

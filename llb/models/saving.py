@@ -9,6 +9,8 @@ __all__ = ['describe_backbone', 'trained_with', 'check_same', 'SavedModel']
 import json, sys
 from copy import copy
 from dataclasses import asdict
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin, snapshot_download
@@ -112,8 +114,10 @@ def _find_part(
     option:str, # as it is passed: "assigner", say
     name:str    # from `_part_name`
 )->type[nn.Module]:
-    "The class a saved model names, among those that were imported. Raises `InputError` when it is not there."
+    "The class a saved model names, ours or among those that were imported. Raises `InputError` when it is not there."
     module, _, path = name.partition(":")
+    with suppress(ImportError):
+        if module.startswith("llb."): import_module(module)   # ours are always at hand
     found = getattr(sys.modules.get(module), path, None)
     if isinstance(found, type) and issubclass(found, nn.Module): return found
     raise InputError(f"The model was trained with {option} {name}, which is not at hand: import its module first, "

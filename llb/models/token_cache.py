@@ -9,6 +9,7 @@ __all__ = ['token_layout', 'TokenStore', 'build_tokens', 'TokenDataset']
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -28,6 +29,10 @@ def _visual(backbone:Backbone)->tuple[str, int]: # what the visual head reads, a
     if backbone.num_classes: return "visual_logits", backbone.num_classes
     return "visual_features", backbone.num_features
 
+def _more(backbone:Backbone, reads:tuple[str, ...])->list[str]: # in order
+    "The fields of `BackboneOutput` to store besides tokens and `_visual`."
+    return sorted(set(reads) - {_visual(backbone)[0]})
+
 # %% ../../nbs/2_models/27_token_cache.ipynb #e823f25b
 def token_layout(
     backbone:Backbone,
@@ -36,35 +41,54 @@ def token_layout(
     amp:bool=False,       # bf16 autocast
     views:int=0,          # augmented views of each image; 0 for the image as it is
     seed:int=0,           # of the augmentation
-    augment:RandAugment|None=None # None for the release's
+    augment:RandAugment|None=None, # None for the release's
+    reads:tuple[str, ...]=()       # see `Head.reads`
 )->dict: # JSON-able
     "Everything the stored numbers depend on."
     layout = {"images": images.content_key, "preprocessing": asdict(backbone.preprocessing),
               "backbone": backbone.content_hash(), "dtype": str(backbone.dtype), "amp": amp, "layer": layer,
               "visual": _visual(backbone)[0], "views": views}
+    if more := _more(backbone, reads): layout["reads"] = more
     return {**layout, "seed": seed, "augment": asdict(augment or RandAugment())} if views else layout
 
+def _columns(backbone:Backbone, reads:tuple[str, ...])->dict[str, tuple]: # name -> type and shape of a row
+    "The columns of a store; tokens in bf16."
+    tokens = backbone.num_prefix + backbone.grid[0] * backbone.grid[1]
+    columns = {"tokens": ("int16", (tokens, backbone.dim)), "visual": ("float32", (_visual(backbone)[1],))}
+    known = {"layer_tokens": ("int16", (backbone.depth * (2 if backbone.num_prefix else 1), backbone.dim)),
+             "visual_features": ("float32", (backbone.num_features,))}
+    return columns | {name: known[name] for name in _more(backbone, reads)}
+
 # %% ../../nbs/2_models/27_token_cache.ipynb #2b52c7b8
+def _pack(name:str, value:Tensor)->np.ndarray: # [B,...]
+    "What a column holds."
+    if name.endswith("tokens"): return value.to("cpu", torch.bfloat16).view(torch.int16).numpy()
+    return value.float().cpu().numpy()
+
+def _unpack(name:str, value:np.ndarray)->Tensor:
+    value = torch.from_numpy(value)
+    return value.view(torch.bfloat16) if name.endswith("tokens") else value
+
 class TokenStore:
     "The stored features of a list of images, perhaps of several augmented views of each."
     def __init__(self,
-        arrays:ArrayStore # of a `token_layout`, with the columns "tokens" and "visual"
+        arrays:ArrayStore # of a `token_layout`, with its columns
     ):
-        self.arrays, self.visual_name, self.views = arrays, arrays.about["visual"], max(1, arrays.about["views"])
+        self.arrays, self.views = arrays, max(1, arrays.about["views"])
+        self.reads = arrays.about.get("reads", [])
+        self.fields = {name: arrays.about["visual"] if name == "visual" else name for name in arrays.columns}
 
     def put(self,
         rows:Tensor, # [B]
         out:BackboneOutput
     ):
         "Store the features of some images."
-        tokens = out.tokens.to("cpu", torch.bfloat16).view(torch.int16)
-        self.arrays.put(rows, tokens=tokens.numpy(), visual=getattr(out, self.visual_name).float().cpu().numpy())
+        self.arrays.put(rows, **{column: _pack(name, getattr(out, name)) for column, name in self.fields.items()})
 
     def get(self, row:int)->dict[str, Tensor]: # tokens [P+N,D] bf16, visual_features [F] or visual_logits [C] float32
         "Read the features of an image. Raises `InputError` when they are not what was stored."
         arrays = self.arrays.get(row)
-        tokens = torch.from_numpy(arrays["tokens"]).view(torch.bfloat16)
-        return {"tokens": tokens, self.visual_name: torch.from_numpy(arrays["visual"])}
+        return {name: _unpack(name, arrays[column]) for column, name in self.fields.items()}
 
 # %% ../../nbs/2_models/27_token_cache.ipynb #42e4fec8
 class _ByRow(Dataset):
@@ -84,7 +108,8 @@ def _compute(
     for batch in progress(make_loader(_ByRow(dataset), keys, workers), desc=desc):
         pixels = batch["image"].to(runtime.device, non_blocking=True)
         if pixels.dtype == torch.uint8: pixels = backbone.preprocessing.normalise(pixels)
-        with torch.no_grad(), runtime.autocast(): out = backbone(pixels, store.arrays.about["layer"])
+        with torch.no_grad(), runtime.autocast():
+            out = backbone(pixels, store.arrays.about["layer"], layers="layer_tokens" in store.reads)
         store.put(batch["index"], out)
 
 # %% ../../nbs/2_models/27_token_cache.ipynb #3b9a372e
@@ -98,15 +123,15 @@ def build_tokens(
     workers:int=0,             # loader processes, per process
     desc:str="features",       # for the progress bar and the sentence that says the size
     dataset:Dataset|None=None, # where the images are read; None for their files
-    views:int=0, seed:int=0    # see `token_layout`; `dataset` then augments
+    views:int=0, seed:int=0,   # see `token_layout`; `dataset` then augments
+    reads:tuple[str, ...]=()   # see `Head.reads`
 )->TokenStore:
     "Open the stored features of these images, computing what is missing. Raises `InputError` without disk space."
     dataset = dataset or ImageDataset(images, backbone.transform(train=views > 0), seed)
     def opened()->ArrayStore:
-        layout = token_layout(backbone, layer, images, runtime.amp, views, seed, getattr(dataset, "augment", None))
-        tokens = backbone.num_prefix + backbone.grid[0] * backbone.grid[1]
-        columns = {"tokens": ("int16", (tokens, backbone.dim)), "visual": ("float32", (_visual(backbone)[1],))}
-        rows = len(images) * max(1, views)
+        augment = getattr(dataset, "augment", None)
+        layout = token_layout(backbone, layer, images, runtime.amp, views, seed, augment, reads)
+        rows, columns = len(images) * max(1, views), _columns(backbone, reads)
         return open_store(folder or cache_dir() / "tokens", layout, columns, rows, f"token cache (--cache, {desc})")
     def fill(store:ArrayStore, batches:list[range]):
         _compute(TokenStore(store), batches, backbone, dataset, runtime, workers, desc)
@@ -126,7 +151,7 @@ class TokenDataset(Dataset):
     def __len__(self): return len(self.images)
 
     def __getitem__(self, key:tuple[int, int])->dict: # epoch, index
-        "A dict of `tokens`, `visual_features` or `visual_logits`, `label` and `index`."
+        "A dict of `tokens`, `visual_features` or `visual_logits`, what else was stored, `label` and `index`."
         epoch, index = key
         features = self.store.get(epoch % self.store.views * self.per_view + int(self.rows[index]))
         return {"index": index, "label": self.images.labels[index], **features}

@@ -15,9 +15,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.backbone import load_backbone
-from ..models.llb import LLB
+from ..models.heads import HeadModel
+from ..models.rivals import FittedHead
 from ..models.zoo import find_method, FOCUS_NAME
-from .config import Config, ModelConfig, RECIPES
+from .build import new_model
+from .config import Config, FITTED, ModelConfig, RECIPES
 
 # %% ../../nbs/3_runs/33_cost.ipynb #4a81e0a9
 @dataclass
@@ -33,25 +35,29 @@ class Cost:
 
 def _count(module:nn.Module)->int: return sum(p.numel() for p in module.parameters())
 
-def _kept_bytes(model:LLB, images:torch.Tensor)->tuple[int, float]: # and the GFLOPs of a step
+def _kept_bytes(model:HeadModel, images:torch.Tensor)->tuple[int, float]: # and the GFLOPs of a step
     "What autograd keeps of a forward pass, besides parameters."
     weights, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
     def keep(t:torch.Tensor)->torch.Tensor:
         storage = t.untyped_storage()   # of a view, what it is a view of
         if storage._cdata not in weights: kept[storage._cdata] = storage
         return t
+    model.train()
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm1d): part.eval()   # one image has no variance
     with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda t: t):
-        model.train()(images).label_logits.sum().backward()
+        model(images).label_logits.sum().backward()
     return sum(storage.nbytes() for storage in kept.values()), counter.get_total_flops() / 1e9
 
 def model_cost(
-    model:LLB # on the meta device
+    model:HeadModel # on the meta device
 )->Cost:
     "Count by running one image that has no pixels."
     backbone = model.backbone
     images = torch.empty(1, 3, *backbone.image_size, device="meta")
     with FlopCounterMode(display=False) as counter: model.eval()(images)
-    activations, train = _kept_bytes(model, images)
+    fitted = isinstance(model.branch, FittedHead)
+    activations, train = (0, 0.0) if fitted else _kept_bytes(model, images)
     tokens = backbone.num_prefix + backbone.grid[0] * backbone.grid[1]
     return Cost(image_size=backbone.image_size[0], trained=_count(model.branch), frozen=_count(backbone),
                 predict=counter.get_total_flops() / 1e9, train=train, activations=activations,
@@ -73,8 +79,7 @@ def config_cost(
     with torch.device("meta"):
         backbone = load_backbone(config.backbone, num_classes=num_classes if own_head else 0,
                                  image_size=config.image_size, pretrained=False)
-        model = LLB(backbone, config.num_objects, config.num_layers, config.target_layer, num_classes=num_classes)
-        return model_cost(model)
+        return model_cost(new_model(config, backbone, num_classes))
 
 # %% ../../nbs/3_runs/33_cost.ipynb #0b330b48
 def _memory(cost:Cost, config:Config, images:int)->float: # bytes, in float32
@@ -90,6 +95,7 @@ def plan(
     processes:int=1
 )->str:
     "How long a run trains, on how many of the training images, in words."
+    if config.model.head in FITTED: return f"The head is fitted to {num_images:,} images and chosen by {held_out:,}."
     optim, total = config.optim, num_images + held_out
     batch = min(optim.batch_size * processes, num_images)
     words = f"{optim.epochs} epochs of {num_images // batch} steps, {batch} images each"
@@ -99,6 +105,7 @@ def plan(
     batch = min(optim.batch_size * processes, total)
     return f"{words}, then at most {optim.epochs} epochs of {total // batch} steps on all {total:,}."
 
+# %% ../../nbs/3_runs/33_cost.ipynb #2fe6b23b
 def preview(
     cost:Cost,
     config:Config,

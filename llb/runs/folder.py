@@ -19,6 +19,7 @@ from ..core.distributed import raise_everywhere, run_on_main, Runtime
 from ..core.errors import InputError
 from ..core.files import read_json, write_json
 from ..data.splits import Data
+from ..models.heads import HeadModel
 from ..models.llb import LLB
 from ..models.saving import describe_backbone
 from .build import make_data
@@ -97,7 +98,7 @@ class EventLog:
         self._file = None
 
 # %% ../../nbs/3_runs/36_folder.ipynb #1a7f0c03
-_NEEDED = {"start": ("per_epoch", "epochs"), "resume": ("per_epoch", "epochs"), "end": ("reason",)}
+_NEEDED = {**dict.fromkeys(("start", "resume", "refit"), ("per_epoch", "epochs")), "end": ("reason",)}
 
 def _event(line:bytes)->dict|None: # None for what is none
     try: event = json.loads(line)
@@ -130,6 +131,7 @@ def _without_undone(
     for event in events:
         if event["kind"] == "start": kept = []
         if event["kind"] == "resume": kept = [e for e in kept if e["step"] <= event["step"]]
+        if event["kind"] == "refit": kept = [e for e in kept if e["kind"] != "refit"]   # it began at the same step
         kept.append(event)
     return kept
 
@@ -157,7 +159,8 @@ def environment()->dict: # JSON-able
 def describe_data(data:Data)->dict: # JSON-able
     "Which images a run reads. It asks the disk for every file, so one process does it, once."
     splits = {name: {"images": len(p), "fingerprint": p.fingerprint()} for name, p in vars(data).items()}
-    return {"classes": list(data.classes), "splits": splits, "train_names": data.train.fingerprint(sizes=False)}
+    names = {f"{name}_names": getattr(data, name).fingerprint(sizes=False) for name in ("train", "selection")}
+    return {"classes": list(data.classes), "splits": splits, **names}
 
 # %% ../../nbs/3_runs/36_folder.ipynb #0a928b1f
 def check_resumable(
@@ -176,7 +179,8 @@ def check_resumable(
     if saved["classes"] != about_data["classes"]:
         raise InputError(f"The checkpoint knows {len(saved['classes'])} classes, the data set has "
                          f"{len(about_data['classes'])}, or they differ in name.")
-    if saved["images"] != about_data["train_names"]:
+    selection = about_data["selection_names"]
+    if (saved["images"], saved.get("selection", selection)) != (about_data["train_names"], selection):
         raise InputError("The training images are not those the run was started with; resume it with them, "
                          "or start another.")
     if saved["fingerprint"] != about_data["splits"]["train"]["fingerprint"]:
@@ -208,7 +212,7 @@ class RunWriter(_Checkpoints):
         with raise_everywhere():
             self.loggers = make_loggers(config.run.loggers, folder, config.to_dict()) if runtime.is_main else []
 
-    def describe(self, model:LLB, about_data:dict, global_batch:int):
+    def describe(self, model:HeadModel, about_data:dict, global_batch:int):
         "Write config.json before the first step."
         if not self.runtime.is_main: return
         trained = sum(p.numel() for p in model.branch.parameters())
@@ -303,7 +307,7 @@ class RunReader(_RecordReader):
                              "finish it with `llb train --resume`.")
         return self
 
-    def load_model(self)->LLB: # on the CPU, in eval mode
+    def load_model(self)->HeadModel|LLB: # on the CPU, in eval mode
         "The chosen model. Raises `InputError` when the run has left none."
         if self._model is None:
             folder = self.folder / "model"
@@ -313,7 +317,7 @@ class RunReader(_RecordReader):
             if not (folder / "model.safetensors").is_file():
                 raise InputError(f"{str(self.folder)!r} holds no trained model (model/model.safetensors); "
                                  "finish the run.")
-            self._model = LLB.from_pretrained(folder)
+            self._model = HeadModel.from_pretrained(folder)
         return self._model
 
     def load_data(self)->Data:
