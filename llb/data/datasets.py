@@ -221,8 +221,9 @@ def read_inat18(root:Path)->tuple[ImageList, ImageList]: # train, val
             _from_rows(root, _join(val_path, val, names, val_pairs), classes, val_path.name))
 
 # %% ../../nbs/1_data/12_datasets.ipynb #ac1451f8
-_HERE = globals().get("__file__", "../../llb/data/datasets.py")   # in the notebook, where the module will be
-BUNDLED = Path(_HERE).resolve().parents[2] / "data" / "openclipart"
+_HERE = Path(globals().get("__file__", "../../llb/data/datasets.py")).resolve()   # of the module, in its notebook too
+_INSTALLED = _HERE.parent / "openclipart"   # a wheel has the images beside it
+BUNDLED = _INSTALLED if _INSTALLED.is_dir() else _HERE.parents[2] / "data" / "openclipart"
 
 def _by_lists(root:Path)->bool: # Places365
     return not (root / "train").is_dir() and any(root.glob("*places365*.txt"))
@@ -262,9 +263,8 @@ def _folder_of(name:str, data_dir:str|Path|None)->Path:
     if dataset_name(name) != "openclipart":
         raise InputError(f"--dataset {name} needs --data_dir, the folder that holds it.")
     if not BUNDLED.is_dir():
-        raise InputError("openclipart comes with the project's repository, not with the installed package: there is no "
-                         f"folder {BUNDLED}. Clone the repository and give --data_dir its data/openclipart, or use a "
-                         "folder of your own (--dataset ImageFolder).")
+        raise InputError(f"The bundled images are gone: there is no folder {BUNDLED}. Install the package again, or "
+                         "use a folder of your own (--dataset ImageFolder).")
     return BUNDLED
 
 # %% ../../nbs/1_data/12_datasets.ipynb #fafefe85

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageColor, ImageOps, features
 
 from ..core.console import print_main
-from ..core.errors import InputError, printable
+from ..core.errors import InputError, without_controls
 
 # %% ../../nbs/1_data/10_images.ipynb #f6e55ba9
 _FORMATS = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "BMP": (".bmp",), "GIF": (".gif",),
@@ -186,7 +186,7 @@ def check_name(
     where     # what has it, for the sentence
 ):
     "Raise `InputError` for a name with control characters, or of bytes that are not UTF-8."
-    if printable(name) != name or re.search(r"[\n\t]", name):
+    if without_controls(name) != name or re.search(r"[\n\t]", name):
         raise InputError(f"{ascii(str(where))[1:-1]} holds {ascii(name)}, a name with control characters or bytes that "
                          "are not UTF-8; rename it.")
 
