@@ -134,7 +134,8 @@ def check_memory(
     there:float|None=None   # bytes; None for the memory of this machine
 ):
     "Raise `InputError` when an option needs more memory than there is."
-    import psutil   # here, for it takes a while and help is to come at once
-    there = psutil.virtual_memory().total if there is None else there
+    if there is None:
+        import psutil   # here, for it takes a while and help is to come at once
+        there = psutil.virtual_memory().total
     rule = f"that needs {needed / 1e9:,.0f} GB of memory for weights alone; {there / 1e9:,.0f} GB can be had"
     require(needed <= there, name, value, rule)
