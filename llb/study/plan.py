@@ -111,14 +111,15 @@ def swept_arm(sweep:dict, value)->str:
     return f"{sweep['arm']} {sweep['option']}={value}"
 
 def _with_curves(data:dict[str, dict])->dict[str, dict]:
-    "A data set for each number of images a class, and one for all."
+    "A data set for each number in a list of images a class, and one for all; a single number stays what it is."
     made = {}
     for name, options in data.items():
-        counts = options.get("images_per_class", [])
-        if isinstance(counts, int): counts = [counts]
+        counts = options.get("images_per_class")
+        if not isinstance(counts, list):
+            made[name] = options
+            continue
         whole = {k: v for k, v in options.items() if k != "images_per_class"}
-        made |= {f"{name}-{count}": {**whole, "images_per_class": count} for count in counts}
-        made[name] = whole
+        made |= {f"{name}-{count}": {**whole, "images_per_class": count} for count in counts} | {name: whole}
     return made
 
 # %% ../../nbs/7_study/72_plan.ipynb #a25c13c4

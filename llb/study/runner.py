@@ -24,6 +24,7 @@ from ..core.files import atomic
 from ..data.splits import Data
 from ..models.backbone import Backbone
 from ..models.heads import HeadModel
+from ..models.rivals import HEADS
 from ..runs.build import make_backbone, make_data, make_model
 from ..runs.config import Config
 from ..runs.folder import environment
@@ -37,7 +38,8 @@ Maker = Callable[[Backbone, int], HeadModel]   # (backbone, number of classes) -
 
 class _Tokens:
     "Backbones and their tokens, kept while units of the same data set follow each other."
-    def __init__(self, runtime:Runtime): self.runtime, self.key, self.value = runtime, None, None
+    def __init__(self, runtime:Runtime, reads:tuple[str, ...]=()):
+        self.runtime, self.reads, self.key, self.value = runtime, reads, None, None
 
     def of(self, config:Config, data:Data)->tuple[Backbone, Tokens]:
         key = json.dumps([vars(config.model), vars(config.data)])
@@ -45,7 +47,7 @@ class _Tokens:
             torch.manual_seed(0)   # a random backbone is the same for all seeds
             backbone = make_backbone(config.model, 0).to(self.runtime.device)
             self.value = backbone, load_tokens(backbone, config.model.target_layer, data, self.runtime,
-                                               config.data.workers)
+                                               config.data.workers, self.reads)
             self.key = key
         return self.value
 
@@ -144,6 +146,7 @@ def _predictions(unit:Unit, baseline:dict|None, logits:dict[str, Tensor])->tuple
     return metrics, images, alpha
 
 def _describe(cell:Cell, search:dict)->dict:
+    if cell.fitted: return {**cell.fitted, "nll": cell.nll}
     flat = cell.config.to_dict()
     return {**{name: flat[name] for name in search}, "nll": cell.nll if cell.logits else None}
 
@@ -196,6 +199,12 @@ def run_unit(
         yield record
 
 # %% ../../nbs/7_study/74_runner.ipynb #35a718a3
+def _reads(study:Study, makers:dict[str, Maker])->tuple[str, ...]:
+    "What the heads of a study read besides tokens and visual features."
+    named = [HEADS[study.config(data, arm, study.seeds[0]).model.head] for data in study.data for arm in study.arms
+             if arm not in makers]
+    return tuple(sorted({name for head in [*named, *makers.values()] for name in getattr(head, "reads", ())}))
+
 def run_study(
     study:Study,
     folder:str|Path,                       # see `run_unit`
@@ -204,6 +213,6 @@ def run_study(
     shard:tuple[int, int]=(0, 1)           # this process does every `shard[1]`-th unit, from `shard[0]` on
 ):
     "Yield every record, the missing ones as they are made. Raises `InputError` as `run_unit` does."
-    kept = _Tokens(runtime)
+    kept = _Tokens(runtime, _reads(study, makers or {}))
     for data, seed in units_of(study)[shard[0]::shard[1]]:
         yield from run_unit(Unit(study, data, seed, runtime, kept, makers or {}), folder)
