@@ -152,6 +152,14 @@ def test_a_model_for_other_classes_is_refused(images):
     with pytest.raises(InputError, match="5 classes"): Trainer(other, load_data(images), config)
 
 
+def test_what_is_held_out_is_said_once(model, images):
+    settled = dict(alpha=.8, last_epoch=True)
+    for data, config in ((load_data(images), Config.of(selection_fraction=0, **settled)),
+                         (load_data(images, 0), Config.of(**settled))):
+        with pytest.raises(InputError, match="images out for choices; load them with the same"):
+            Trainer(model, data, config)
+
+
 class Linear(nn.Module):
     "A head without a visual prediction."
     def __init__(self, backbone, num_classes):

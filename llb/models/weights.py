@@ -183,10 +183,7 @@ def _onnx_tensors(
     path:Path
 )->StateDict: # encoder tensors under the encoder's own names, linear weights [out,in]
     "Read the initialisers of the saliency model, giving each anonymous matrix the name of its bias."
-    try: import onnx
-    except ImportError as e:
-        raise InputError("Reading the embedded backbone needs the onnx package, once: "
-                         'pip install "llb-workbench[embedded]".') from e
+    import onnx   # slow, and needed once
     graph = onnx.load(str(path)).graph
     tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
     product = {n.output[0]: n.input[1] for n in graph.node if n.op_type == "MatMul" and n.input[1] in tensors}
