@@ -28,14 +28,14 @@ from ..data.splits import Data
 from ..models.heads import HeadModel, HeadOutput
 from ..models.llb import LLB
 from ..models.loss import HeadLoss
-from ..models.rivals import FittedHead, head_name
+from ..models.rivals import control_name, FittedHead, head_name
 from ..models.saving import describe_backbone
 from ..models.token_cache import TokenDataset
 from ..runs.config import (Config, DataConfig, ModelConfig, OptimConfig, options_of_head, RunConfig,
                              VisualConfig)
 from ..runs.folder import check_resumable, describe_data, RunWriter
 from .evaluate import format_table, reported_weights, report_metrics, save_predictions, score_model
-from .inputs import features_of, Inputs, read_visual_features
+from .inputs import features_of, Inputs, read_features
 from .metrics import ALPHAS, choose_alpha, measure, Scores
 from .step import FitStep, TrainStep
 
@@ -54,6 +54,7 @@ def _of_model(config:ModelConfig, model:HeadModel)->ModelConfig:
     head = head_name(model) if isinstance(model, HeadModel) else config.head
     found = {**model.settings, **model.settings.get("options", {})}
     fixed = {"head": head, **{name: found[name] for name in options_of_head(head) if name in found}}
+    if head == "llb" and isinstance(model, LLB): fixed["control"] = control_name(model) or config.control
     height, width = model.backbone.image_size
     if height == width: fixed["image_size"] = height
     named = replace(config, backbone=_backbone_name(config.backbone, model.backbone.name))
@@ -494,7 +495,7 @@ class _Fitting(_Ending):
         "Train an epoch, or fit the head."
         if not self.fitted: return self.train_epoch()
         timer, steps = EpochTimer(0), self.batches.per_epoch
-        train, inner = (read_visual_features(self.model, self.inputs.evaluation(split), self.runtime, split)
+        train, inner = (read_features(self.model, self.inputs.evaluation(split), self.runtime, split)
                         for split in ("train", "selection"))
         chosen = self.model.branch.fit(*train, *inner)
         self.state.step = steps
