@@ -261,7 +261,7 @@ SAVED = {
         saved(tensors(lambda t: {k: v for k, v in t.items() if k != "cls_token"})),
         "cls_token",
     ),
-    "another backbone's content": (saved(frozen(content_hash="0" * 16)), "content"),
+    "another backbone's content": (saved(frozen(content_hash="0" * 16)), "0000"),
     "backbone= another": (other_backbone, "backbone"),
     "backbone= a name": (lambda s: LLB.from_pretrained(s.shared.run / "model", backbone="test_vit"), "backbone"),
 }
