@@ -17,8 +17,8 @@ from timm.data import ImageNetInfo, RealLabelsImagenet
 
 from ..core.console import print_main
 from ..core.errors import InputError
-from .images import ImageList, scan_folder
-from .splits import check_labels, Data, load_data, make_splits
+from .images import check_name, ImageList, scan_folder
+from .splits import check_labels, Data, find_splits, load_data, make_splits
 
 # %% ../../nbs/1_data/12_datasets.ipynb #243bd970
 def _check_files(
@@ -37,10 +37,18 @@ def _check_files(
         raise InputError(f"{len(missing)} of {len(images)} listed images are not in {images.root}, {missing[0]} for "
                          "one; unpack their archive there, or correct --data_dir.")
 
+# %% ../../nbs/1_data/12_datasets.ipynb #f54a2667
+def _check_listed(name:str, source:Path):
+    "Raise `InputError` for a name that leads out of the folder or cannot be printed."
+    check_name(name, source)
+    if name.startswith(("/", "~")) or ".." in name.split("/") or Path(name).is_absolute():
+        raise InputError(f"{source} names {name!r}, which is outside its folder; a list must name files below it.")
+
 # %% ../../nbs/1_data/12_datasets.ipynb #eb860d80
 def _from_rows(root:Path, rows:list[tuple[str, int]], classes:tuple[str, ...], source:str)->ImageList:
     "Images from (file, label) pairs, by file name. Raises `InputError` for none, or missing ones."
     if not rows: raise InputError(f"{root / source} lists no images.")
+    for name, _ in rows: _check_listed(name, root / source)
     names, labels = zip(*sorted(rows))
     images = ImageList(root, names, labels, classes, names)
     _check_files(images)
@@ -234,7 +242,8 @@ class _Official:
 _OFFICIAL = {"imagenet": _Official("ImageNet", 1000, 1_281_167, 50_000, read_imagenet),
              "places365": _Official("Places365", 365, 1_803_460, 36_500, read_places365, _official_name, _by_lists),
              "inat18": _Official("iNat18", 8142, 437_513, 24_426, read_inat18, listed=lambda root: True)}
-_ALIASES = {"imageet": "imagenet", "plc365": "places365", "inaturalist": "inat18"}  # the first as in the release
+_ALIASES = {"imageet": "imagenet", "plc365": "places365",   # the first and the last as in the release
+            "inaturalist": "inat18", "inaturalist2018": "inat18"}
 
 # %% ../../nbs/1_data/12_datasets.ipynb #ad1425c9
 def dataset_name(
@@ -326,13 +335,15 @@ def _whole_folder(
     official:_Official|None  # the data set, where it has an order of its own
 )->tuple[ImageList, str]|None: # and which split it is; None when `split` must be cut from it
     "The images in class folders: those of val where there are train and val, else all."
-    classes = _ordered(root / "train", official)
-    if classes and (root / "val").is_dir():
-        val = scan_folder(root, "val", classes)
-        return (val, "val") if split != "all" else (_join_splits(scan_folder(root, "train", classes), val), "all")
+    folders = find_splits(root)
+    train, reported = folders.get("train", "train"), folders.get("val") or folders.get("test", "val")
+    classes = _ordered(root / train, official)
+    if classes and (root / reported).is_dir():
+        val = scan_folder(root, reported, classes)
+        return (val, "val") if split != "all" else (_join_splits(scan_folder(root, train, classes), val), "all")
     only = _wrapped(root)
-    if split == "val" and only != "val": return None
-    return scan_folder(root, only, _ordered(root / only, official)), "val" if only == "val" else "all"
+    if split == "val" and only != reported: return None
+    return scan_folder(root, only, _ordered(root / only, official)), "val" if only == reported else "all"
 
 # %% ../../nbs/1_data/12_datasets.ipynb #1f0b1073
 def load_split(
