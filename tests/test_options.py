@@ -63,10 +63,11 @@ def test_nothing_can_be_chosen_where_no_image_is_held_out(values, missing):
 
 NOT_DEFAULT = {  # a right value for options whose default says nothing about others
     "alpha": .3, "nv_weights": "x", "backbone_dtype": "bfloat16", "auto_augment": "", "t_max": 3., "milestones": (3.,),
-    "drop_path": .1, "lr_min": 5e-5, "head": "vt", "warmup_epochs": 1., "opt": "Adam", "lr_scheduler": "none"}
+    "drop_path": .1, "lr_min": 5e-5, "head": "vt", "control": "hard", "undecided_weight": .1,
+    "warmup_epochs": 1., "opt": "Adam", "lr_scheduler": "none"}
 MET = {"above 0": .1}
-UNMET = {"objective": {"llb": "visual", "visual": "llb"}, "head": {"llb": "knn"}, "opt": {"SGD": "Adam"},
-         "augment": {"randaugment": "none"},
+UNMET = {"objective": {"llb": "visual", "visual": "llb"}, "head": {"llb": "knn"}, "control": {"none": "gelu"},
+         "opt": {"SGD": "Adam"}, "augment": {"randaugment": "none"},
          "lr_scheduler": dict.fromkeys(["CosineAnnealingLR", "StepLR", "MultiStepLR", "ExponentialLR"], "none"),
          "checkpoint": {None: "w.pth"}, "diversity_weight": {"above 0": 0.}, "weight_decay": {"above 0": 0.}}
 
@@ -150,6 +151,14 @@ def test_a_model_for_other_classes_is_refused(images):
     config = Config.of(**SMALL)
     other = make_model(config.model, make_backbone(config.model, 5), 5)
     with pytest.raises(InputError, match="5 classes"): Trainer(other, load_data(images), config)
+
+
+def test_what_is_held_out_is_said_once(model, images):
+    settled = dict(alpha=.8, last_epoch=True)
+    for data, config in ((load_data(images), Config.of(selection_fraction=0, **settled)),
+                         (load_data(images, 0), Config.of(**settled))):
+        with pytest.raises(InputError, match="images out for choices; load them with the same"):
+            Trainer(model, data, config)
 
 
 class Linear(nn.Module):

@@ -183,17 +183,18 @@ BACKBONE = "backbone.safetensors"  # in the run folder
 class VisualTrainer(Trainer):
     "Fine-tunes a backbone as a configuration says, and writes it where `checkpoint` can name it."
     step_type, inputs_type = VisualStep, VisualInputs
+    alpha = 1.0   # there is no other prediction
 
     def score(self, split:str)->tuple[Scores, dict]:
         return score_backbone(self.model.branch, self.inputs.evaluation(split), self.runtime, split), {}
 
     def report(self)->dict:
-        "Take the best epoch, score the validation split once, write the numbers and the backbone."
+        "Take the epoch that was kept, score the validation split once, write the numbers and the backbone."
         vit = self.model.branch
         vit.load_state_dict(self.state.best_branch)
         scores, _ = self.score("val")
         metrics = {"objective": "visual", **report_metrics(scores, self.data.val, 1.0, ""),
-                   "chosen_epoch": self.state.describe_best()}
+                   **self.choices()}
         tensors = {name: value.cpu().contiguous() for name, value in vit.state_dict().items()}
         self.writer.finish(metrics, lambda folder: save_file(tensors, folder / BACKBONE, metadata={"format": "pt"}))
         print_main(format_table(metrics))

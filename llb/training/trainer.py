@@ -8,7 +8,7 @@ __all__ = ['SNAPSHOTS', 'PROBE', 'complete_config', 'keep_snapshot', 'TrainState
 # %% ../../nbs/4_training/46_trainer.ipynb #6bac5b15
 import resource, time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -28,14 +28,14 @@ from ..data.splits import Data
 from ..models.heads import HeadModel, HeadOutput
 from ..models.llb import LLB
 from ..models.loss import HeadLoss
-from ..models.rivals import FittedHead, head_name
+from ..models.rivals import control_name, FittedHead, head_name
 from ..models.saving import describe_backbone
 from ..models.token_cache import TokenDataset
 from ..runs.config import (Config, DataConfig, ModelConfig, OptimConfig, options_of_head, RunConfig,
                              VisualConfig)
 from ..runs.folder import check_resumable, describe_data, RunWriter
 from .evaluate import format_table, reported_weights, report_metrics, save_predictions, score_model
-from .inputs import features_of, Inputs, read_visual_features
+from .inputs import features_of, Inputs, read_features
 from .metrics import ALPHAS, choose_alpha, measure, Scores
 from .step import FitStep, TrainStep
 
@@ -54,6 +54,7 @@ def _of_model(config:ModelConfig, model:HeadModel)->ModelConfig:
     head = head_name(model) if isinstance(model, HeadModel) else config.head
     found = {**model.settings, **model.settings.get("options", {})}
     fixed = {"head": head, **{name: found[name] for name in options_of_head(head) if name in found}}
+    if head == "llb" and isinstance(model, LLB): fixed["control"] = control_name(model) or config.control
     height, width = model.backbone.image_size
     if height == width: fixed["image_size"] = height
     named = replace(config, backbone=_backbone_name(config.backbone, model.backbone.name))
@@ -65,7 +66,10 @@ def _backbone_name(given:str, name:str)->str:
     return given   # another name of the same; `describe_backbone` keeps the content
 
 def _of_data(config:DataConfig, data:Data)->DataConfig:
-    "Where images are."
+    "Where images are, and whether some of them are held out."
+    if bool(config.selection_fraction) != bool(len(data.selection)):
+        raise InputError(f"selection_fraction is {config.selection_fraction} in the configuration, but the data hold "
+                         f"{len(data.selection)} images out for choices; load them with the same.")
     root = data.train.root.resolve()
     if config.data_dir is None and root != BUNDLED.resolve() and config.dataset == "openclipart":
         return replace(config, dataset="ImageFolder", data_dir=str(root))
@@ -128,7 +132,7 @@ def keep_snapshot(
     folder:Path,    # of snapshots
     epoch:int,      # epochs done
     model:LLB,      # in eval mode
-    dataset:StoredImages|TokenDataset,
+    dataset:StoredImages|TokenDataset,  # without augmentation
     runtime:Runtime
 ):
     "Write which objects a few images are made of now. Raises `InputError` when it cannot be written."
@@ -145,35 +149,60 @@ def keep_snapshot(
         raise InputError(f"The snapshots cannot be written to {str(folder)!r} ({e.strerror}); make room, "
                          "then go on with --resume.") from e
 
-# %% ../../nbs/4_training/46_trainer.ipynb #a6de9559
+# %% ../../nbs/4_training/46_trainer.ipynb #b42dc901
+def _copy(branch:torch.nn.Module)->dict[str, Tensor]: # on the CPU
+    return {name: value.detach().cpu().clone() for name, value in branch.state_dict().items()}
+
 @dataclass
-class TrainState:
-    "Where a run stands."
-    step: int = 0                                           # optimizer steps done
-    history: list[dict] = field(default_factory=list)       # the event of each complete epoch
-    best: dict|None = None                                  # step, epoch, alpha and NLL of the best epoch
+class _Standing:
+    "What is known at each step."
+    step: int = 0                                           # optimizer steps done, in both phases
+    history: list[dict] = field(default_factory=list)       # the event of each complete epoch, in both phases
+    best: dict|None = None                                  # the epoch to keep of this phase: step, epoch, alpha, why
     best_branch: dict[str, Tensor]|None = None              # its parameters, on the CPU
     terms: dict[str, Tensor] = field(default_factory=dict)  # of the objective, summed over the steps of this epoch
+    start: dict[str, Tensor]|None = None                    # what a second phase will start from, until it does
+    first: dict|None = None                                 # in it: steps, epochs and choice of the first phase
 
+    @property
+    def before(self)->int: # steps done before this phase
+        return self.first["steps"] if self.first else 0
+
+    @property
+    def epochs(self)->int: # complete ones of this phase
+        return len(self.history) - (self.first["epochs"] if self.first else 0)
+
+# %% ../../nbs/4_training/46_trainer.ipynb #97518e85
+class _Counting(_Standing):
+    "What changes after a step, an epoch, a phase."
     def add(self, terms:dict[str, Tensor]):
         "Count a step."
         self.step += 1
         self.terms = {name: self.terms.get(name, 0) + value for name, value in terms.items()}
 
-    def end_epoch(self, event:dict, branch:torch.nn.Module, chosen:dict)->bool: # whether it is the best
-        "Count an epoch; `chosen` holds alpha and NLL. The best has the lowest NLL; of equals, the first."
+    def end_epoch(self,
+        event:dict,
+        branch:torch.nn.Module,
+        found:dict             # alpha, and the NLL that epochs are compared by; without it each is better than the last
+    )->bool: # whether it is the one to keep
+        "Count an epoch. The one to keep has the lowest NLL; of equals, the first."
         self.history.append(event)
         self.terms = {}
-        better = self.best is None or chosen["nll"] < self.best["nll"]
+        better = self.best is None or "nll" not in found or found["nll"] < self.best["nll"]
         if better:
-            self.best = {"step": self.step, "epoch": len(self.history), **chosen}
-            self.best_branch = {name: value.detach().cpu().clone() for name, value in branch.state_dict().items()}
+            self.best = {"step": self.step, "epoch": self.epochs, **found}
+            self.best_branch = _copy(branch)
         return better
 
-    def describe_best(self)->dict:
-        "The best epoch and why it is, for metrics.json."
-        return {**self.best, "by": f"lowest {self.best['prediction']} NLL on the selection split"}
+    def begin_refit(self, branch:torch.nn.Module):
+        "Begin the second phase: from the parameters the first one began with, for as many epochs as it chose."
+        self.first = {"steps": self.step, "epochs": len(self.history), "choice": self.best}
+        branch.load_state_dict(self.start)
+        self.start = self.best = self.best_branch = None
 
+# %% ../../nbs/4_training/46_trainer.ipynb #a6de9559
+class TrainState(_Counting):
+    "Where a run stands."
     def pack(self)->dict: # for a checkpoint; every process calls this
         "Everything, with the sums of all processes."
         terms = gather_objects({name: value.cpu() for name, value in self.terms.items()})
@@ -186,7 +215,7 @@ class TrainState:
         if len(terms) == runtime.world_size: mine = terms[runtime.rank]
         else: mine = {name: torch.stack([theirs[name] for theirs in terms]).mean(0) for name in terms[0]}
         mine = {name: value.to(runtime.device) for name, value in mine.items()}
-        return cls(**{**{name: saved[name] for name in ("step", "history", "best", "best_branch")}, "terms": mine})
+        return cls(**{**{f.name: saved[f.name] for f in fields(cls) if f.name in saved}, "terms": mine})
 
 # %% ../../nbs/4_training/46_trainer.ipynb #5924f7ee
 class _Trained:
@@ -202,7 +231,7 @@ class _Trained:
         visual:VisualConfig|None=None,
         runtime:Runtime|None=None,           # None for one process, here
         loss:HeadLoss|None=None,             # None for the model's usual objective
-        measures:dict[str, Callable]|None=None # fn(model, scores, usage) -> number or dict, for each epoch's event
+        measures:dict[str, Callable]|None=None # fn(model, scores of the selection split, usage) -> number or dict
     ):
         "Raises `InputError` where the configuration contradicts the model or the data."
         self.config = complete_config(config, model, data, optim, run, visual)
@@ -217,29 +246,41 @@ class _Trained:
         self.inputs = self.batches = self.train_loader = None                # likewise
         self.began = time.monotonic()
 
-    @property
-    def alphas(self)->tuple[float, ...]:
-        "The weights that are scored."
-        given = self.config.model.alpha
-        return tuple(sorted({*ALPHAS, *([] if given is None else [given])}))
-
 # %% ../../nbs/4_training/46_trainer.ipynb #2b69c120
-class _Stepped(_Trained):
-    "What takes its steps, and how often it sees the images."
+class _Planned(_Trained):
+    "How long it trains, what takes the steps, which alphas are scored."
     @property
     def fitted(self)->bool:
         "Whether the head is fitted in one go, without gradients."
         return isinstance(self.model.branch, FittedHead)
 
     @property
-    def epochs(self)->int: return 1 if self.fitted else self.config.optim.epochs
+    def alpha(self)->float|None: # None as long as it is to be chosen
+        return self.state.first["choice"]["alpha"] if self.state.first else self.config.model.alpha
+
+    @property
+    def alphas(self)->tuple[float, ...]:
+        "The weights that are scored."
+        return tuple(sorted({*ALPHAS, *([] if self.alpha is None else [self.alpha])}))
+
+    @property
+    def epochs(self)->int: # of this phase
+        if self.state.first: return self.state.first["choice"]["epoch"]
+        return 1 if self.fitted else self.config.optim.epochs
+
+    @property
+    def most_steps(self)->int: # of both phases; the second may be shorter
+        steps = self.state.before + self.epochs * self.batches.per_epoch
+        if self.state.first or not self.config.optim.refit: return steps
+        together = len(self.data.train) + len(self.data.selection)
+        return steps + self.epochs * (together // min(self.global_batch, together))
 
     def make_step(self)->TrainStep|FitStep:
         if self.fitted: return FitStep(self.model)
         return self.step_type(self.model, self.config, self.runtime, self.loss)
 
 # %% ../../nbs/4_training/46_trainer.ipynb #739beca6
-class _Saved(_Stepped):
+class _Saved(_Planned):
     "How a run is saved and restored."
     def save(self):
         "Write a checkpoint of this step; every process takes part."
@@ -247,7 +288,7 @@ class _Saved(_Stepped):
         saved = {**self.state.pack(), "branch": self.model.branch.state_dict(),
                  "optimizer": self.train_step.optimizer.state_dict(), "global_batch": self.global_batch,
                  "config": self.config.to_dict(), "classes": about["classes"], "images": about["train_names"],
-                 "fingerprint": about["splits"]["train"]["fingerprint"],
+                 "selection": about["selection_names"], "fingerprint": about["splits"]["train"]["fingerprint"],
                  "backbone": describe_backbone(self.model.backbone)}
         self.writer.save(self.state.step, saved, self.state.best and self.state.best["step"])
         self.saved_step = self.state.step
@@ -265,7 +306,6 @@ class _Saved(_Stepped):
         numbered = {int(number): values for number, values in optimizer["state"].items()}   # keys of JSON are text
         self.train_step.optimizer.load_state_dict({**optimizer, "state": numbered})
         self.saved_step = self.state.step
-        print_main(f"Resuming at step {self.state.step} (epoch {self.state.step / self.batches.per_epoch:.2f}).")
 
 # %% ../../nbs/4_training/46_trainer.ipynb #96f58b39
 class _Prepared(_Saved):
@@ -277,14 +317,37 @@ class _Prepared(_Saved):
         saved = self.writer.restore()
         if saved: self.global_batch = saved["global_batch"]
         self.train_step = self.make_step()
-        self.inputs = self.inputs_type(self.model, self.data, self.config, self.runtime)
-        self.batches = self.inputs.train_batches(self.global_batch)
-        self.train_loader = self.inputs.loader("train", self.batches)
         self.about_data = run_on_main(lambda: describe_data(self.data))
         if saved: self.restore(saved)
+        elif self.config.optim.refit: self.state.start = _copy(self.model.branch)
+        self.open_data()
         self.writer.describe(self.model, self.about_data, self.global_batch)
-        self.writer.write("resume" if saved else "start", self.state.step, per_epoch=self.batches.per_epoch,
-                          epochs=self.epochs)
+        self.begin("resume" if saved else "start")
+        if saved: print_main(f"Resuming at step {self.state.step} (epoch {self.epochs_done:.2f}{self.of_refit}).")
+
+    def open_data(self):
+        "The batches of this phase; the second trains on the selection images too."
+        data = self.data.without_selection() if self.state.first else self.data
+        self.inputs = self.inputs_type(self.model, data, self.config, self.runtime)
+        self.batches = self.inputs.train_batches(self.global_batch)
+        self.train_loader = self.inputs.loader("train", self.batches)
+
+    def begin(self, kind:str, **values):
+        "Write the event that opens a phase, or goes on with one."
+        self.write(kind, per_epoch=self.batches.per_epoch, epochs=self.epochs, before=self.state.before,
+                   most_steps=self.most_steps, **values)
+
+    def write(self, kind:str, **values):
+        "Write an event of this step; where there are two phases, with its own."
+        phase = {"phase": "refit" if self.state.first else "choice"} if self.config.optim.refit else {}
+        self.writer.write(kind, self.state.step, **phase, **values)
+
+    @property
+    def epochs_done(self)->float: # of this phase
+        return (self.state.step - self.state.before) / self.batches.per_epoch
+
+    @property
+    def of_refit(self)->str: return " of the refit" if self.state.first else ""
 
 # %% ../../nbs/4_training/46_trainer.ipynb #0185e122
 PROBE = 5   # steps that are timed before an ETA is given
@@ -307,13 +370,13 @@ class _Stepping(_Prepared):
     def train_epoch(self):
         "From where the epoch was left to its end, or to the step after which all processes stop."
         state, batches = self.state, self.batches
-        batches.seek(state.step, epoch=len(state.history))
+        batches.seek(state.step - state.before, state.epochs)
         self.model.train()
         timer = EpochTimer(state.step)
-        desc = f"epoch {batches.epoch + 1}/{self.epochs}"
+        desc = f"epoch {batches.epoch + 1}/{self.epochs}{self.of_refit}"
         with progress(total=batches.per_epoch, initial=batches.start, desc=desc) as bar:
             for batch, waited in self.agreed_batches():
-                terms = self.train_step(batch, state.step, state.step / batches.per_epoch)
+                terms = self.train_step(batch, state.step - state.before, self.epochs_done)
                 state.add(terms)
                 timer.waited += waited
                 self.after_step(terms, timer)
@@ -349,70 +412,88 @@ class _Logging(_Stepping):
 
     def check_gradients(self):
         "Wait for the device. Raises `FloatingPointError`, at the last step taken, when a gradient was not finite."
+        if error := self.to_last_taken(): raise FloatingPointError(error)
+
+    def to_last_taken(self)->str|None: # why not all were taken
+        "Wait for the device, and go back to the last step that was taken."
         if refused := self.train_step.refused():
-            self.state.step, error = refused
-            raise FloatingPointError(error)
+            self.state.step = self.state.before + refused[0]
+            return refused[1]
 
     def log(self, kind:str, terms:dict[str, Tensor], steps:int, **values)->dict: # the event
         "Write an event with the mean terms of some steps, over all processes."
         mean = (sum_over_ranks(torch.stack([*terms.values()])) / steps / self.runtime.world_size).tolist()
-        event = {"epoch": self.state.step / self.batches.per_epoch, "terms": dict(zip(terms, mean)),
+        event = {"epoch": self.epochs_done, "terms": dict(zip(terms, mean)),
                  "lr": self.train_step.optimizer.param_groups[0]["lr"], **values}
-        self.writer.write(kind, self.state.step, **event)
+        self.write(kind, **event)
         return {"step": self.state.step, **event}
 
     def log_eta(self, seconds:float): # of one step
         "Estimate from the first steps when the run will be done."
-        left = (self.epochs * self.batches.per_epoch - self.state.step) * seconds
-        self.writer.write("probe", self.state.step, seconds_per_step=seconds, seconds_left=left)
-        print_main(f"At {seconds:.2f} s a step, training will take {left / 60:.1f} more minutes.")
+        left = (self.most_steps - self.state.step) * seconds
+        self.write("probe", seconds_per_step=seconds, seconds_left=left)
+        at_most = "at most " * self.config.optim.refit
+        print_main(f"At {seconds:.2f} s a step, training will take {at_most}{left / 60:.1f} more minutes.")
 
 # %% ../../nbs/4_training/46_trainer.ipynb #0d2fb244
 _CHOOSING = "fused", "label", "visual"   # the prediction whose NLL chooses the epoch: the first of these that is scored
 
 class _Validating(_Logging):
-    "The end of an epoch."
+    "What an epoch has given."
     def score(self, split:str)->tuple[Scores, dict]: # and the use of objects
         "Score a split of the data."
         return score_model(self.model, self.inputs.evaluation(split), self.runtime, self.alphas, split)
 
-    def validate(self)->tuple[dict, str]: # values of the epoch's event, and the prediction that chooses
+    def validate(self)->tuple[dict, dict]: # values of the epoch's event; what is to be remembered if it is kept
         "Score the selection split."
+        last = {"by": "the last one"}
+        if "selection" not in self.inputs.datasets: return {}, {"alpha": self.alpha, **last}
         scores, usage = self.score("selection")
-        alpha = choose_alpha(scores) if self.config.model.alpha is None else self.config.model.alpha
+        alpha = choose_alpha(scores) if self.alpha is None else self.alpha
         found = {name: measure(scores, weight) for name, weight in reported_weights(scores, alpha).items()}
         values = {"alpha": alpha, "selection": found}
-        if usage:
-            values["objects"] = usage
-            self.keep_snapshot()
+        if usage: values["objects"] = usage
         if self.measures:
             values["measures"] = {name: fn(self.model, scores, usage) for name, fn in self.measures.items()}
-        return values, next(name for name in _CHOOSING if name in found)
+        if self.config.optim.last_epoch: return values, {"alpha": alpha, **last}
+        prediction = next(name for name in _CHOOSING if name in found)
+        return values, {"alpha": alpha, "nll": found[prediction]["nll"], "prediction": prediction,
+                        "by": f"lowest {prediction} NLL on the selection split"}
+
+# %% ../../nbs/4_training/46_trainer.ipynb #222c42e0
+class _Ending(_Validating):
+    "The end of an epoch."
+    def end_epoch(self, speed:dict):
+        "Validate, remember the epoch where it is to be kept, save."
+        values, found = self.validate()
+        if self.model.settings.get("num_objects"): self.keep_snapshot()
+        event = self.log("epoch", self.state.terms, self.batches.per_epoch, **values, **speed)
+        self.state.end_epoch(event, self.model.branch, found)
+        self.save()
+        print_main(f"epoch {self.state.epochs}/{self.epochs}{self.of_refit}  loss {event['terms']['loss']:.3f}  "
+                   f"{self.top1_of(values)}{speed['seconds']:.0f} s, {speed['images_per_s']:.0f} images/s, "
+                   f"{speed['data_wait']:.0%} waiting for data")
+
+    def top1_of(self, values:dict)->str: # of an epoch's event
+        if "selection" not in values: return ""
+        top1 = "  ".join(f"{name} {found['top1']:.1%}" for name, found in values["selection"].items())
+        return f"selection top-1: {top1} (alpha {values['alpha']:g})  "
 
     def keep_snapshot(self):
-        selection, folder = self.inputs.datasets["selection"], self.writer.folder / "snapshots"
-        run_on_main(lambda: keep_snapshot(folder, len(self.state.history) + 1, self.model, selection, self.runtime))
-
-    def end_epoch(self, speed:dict):
-        "Validate, remember the best epoch, save."
-        values, prediction = self.validate()
-        event = self.log("epoch", self.state.terms, self.batches.per_epoch, **values, **speed)
-        chosen = {"alpha": values["alpha"], "nll": values["selection"][prediction]["nll"], "prediction": prediction}
-        self.state.end_epoch(event, self.model.branch, chosen)
-        self.save()
-        top1 = "  ".join(f"{name} {found['top1']:.1%}" for name, found in values["selection"].items())
-        print_main(f"epoch {len(self.state.history)}/{self.epochs}  loss {event['terms']['loss']:.3f}  "
-                   f"selection top-1: {top1} (alpha {values['alpha']:g})  {speed['seconds']:.0f} s, "
-                   f"{speed['images_per_s']:.0f} images/s, {speed['data_wait']:.0%} waiting for data")
+        images = self.data.selection if len(self.data.selection) else self.data.train
+        shown = self.inputs.datasets.get("selection") or StoredImages(images, self.inputs.source)
+        folder, epoch = self.writer.folder / "snapshots", len(self.state.history) + 1
+        self.model.eval()
+        run_on_main(lambda: keep_snapshot(folder, epoch, self.model, shown, self.runtime))
 
 # %% ../../nbs/4_training/46_trainer.ipynb #615c0a82
-class _Fitting(_Validating):
+class _Fitting(_Ending):
     "The way to the end of the next epoch."
     def advance(self):
         "Train an epoch, or fit the head."
         if not self.fitted: return self.train_epoch()
         timer, steps = EpochTimer(0), self.batches.per_epoch
-        train, inner = (read_visual_features(self.model, self.inputs.evaluation(split), self.runtime, split)
+        train, inner = (read_features(self.model, self.inputs.evaluation(split), self.runtime, split)
                         for split in ("train", "selection"))
         chosen = self.model.branch.fit(*train, *inner)
         self.state.step = steps
@@ -423,15 +504,14 @@ class _Fitting(_Validating):
 class _Reporting(_Fitting):
     "The end of a run that was not stopped."
     def report(self)->dict:
-        "Take the best epoch, score the validation split once, write the numbers, predictions and the model."
+        "Take the epoch that was kept, score the validation split once, write the numbers, predictions and the model."
         state, model = self.state, self.model
         model.branch.load_state_dict(state.best_branch)
         model.alpha = state.best["alpha"]
         scores, usage = self.score("val")
         fit = {"fit": state.history[0]["fit"]} if self.fitted else {}
         metrics = {**report_metrics(scores, self.data.val, model.alpha, self.alpha_chosen()), "objects": usage, **fit,
-                   "chosen_epoch": state.describe_best(),
-                   "features": "bf16 cache" if self.config.data.cache else "images"}
+                   **self.choices(), "features": "bf16 cache" if self.config.data.cache else "images"}
         model.metrics, model.provenance = metrics, self.provenance()
         def write(folder):
             save_predictions(folder / "predictions.safetensors", scores, model.alpha)
@@ -440,12 +520,18 @@ class _Reporting(_Fitting):
         print_main(format_table(metrics))
         return metrics
 
+    def choices(self)->dict: # for metrics.json
+        "Which epoch it is and why, and on how many images it was trained."
+        first, data = self.state.first, self.inputs.data
+        return {"chosen_epoch": first["choice"] if first else self.state.best,
+                "trained_on": {"images": len(data.train), "held_out": len(data.selection), "refit": first is not None}}
+
     def provenance(self)->dict: # for the model card
         "How the model was trained."
         data, optim = self.config.data, self.config.optim
         own = data.dataset == "ImageFolder"
         return {"dataset": self.data.train.root.resolve().name if own else data.dataset,
-                **{f"{split} images": len(images) for split, images in vars(self.data).items()},
+                **{f"{split} images": len(images) for split, images in vars(self.inputs.data).items()},
                 "epochs": optim.epochs, "chosen epoch": self.state.best["epoch"], "optimizer": optim.opt,
                 "learning rate": optim.lr, "images a step": self.global_batch, "augmentation": data.augment,
                 "seed": self.config.run.seed}
@@ -455,15 +541,39 @@ class _Reporting(_Fitting):
         count = len(self.data.selection)
         return f"was chosen by NLL on the selection split ({count} images cut from the training data)"
 
+# %% ../../nbs/4_training/46_trainer.ipynb #5ab522dc
+class _Refitting(_Reporting):
+    "One phase, or two."
+    def train_phases(self):
+        "Train until all is done or the run is stopped."
+        self.train_phase()
+        if self.config.optim.refit and not self.state.first and not self.stopped:
+            self.begin_refit()
+            self.train_phase()
+
+    def train_phase(self):
+        while self.state.epochs < self.epochs and not self.stopped: self.advance()
+
+    def begin_refit(self):
+        "Go back to the start, with what was chosen, on all training images."
+        self.state.begin_refit(self.model.branch)
+        self.train_step.optimizer.state.clear()
+        self.open_data()
+        choice = self.state.first["choice"]
+        self.begin("refit", choice=choice)
+        count = len(self.inputs.data.train)
+        print_main(f"Chosen: {self.epochs} epochs ({choice['by']}), alpha {self.alpha:g}. Training starts again, "
+                   f"on all {count} training images.")
+
 # %% ../../nbs/4_training/46_trainer.ipynb #2ca96b5e
-class Trainer(_Reporting):
+class Trainer(_Refitting):
     "Trains a head on a frozen backbone as a configuration says, and reports."
     def fit(self)->dict: # what metrics.json holds; {} when the run was stopped
         "Train, choose, report. A run that is stopped, or meets bad input, keeps what it has learned so far."
         self.prepare()
         with StopFlag(self.writer.folder / "stop") as self.stop:
             try:
-                while len(self.state.history) < self.epochs and not self.stopped: self.advance()
+                self.train_phases()
                 metrics = {} if self.stopped else self.report()
                 if self.stopped: self.finish("stopped", by=self.stopped)
                 else: self.finish("done")
@@ -475,12 +585,12 @@ class Trainer(_Reporting):
     def finish(self, reason:str, **why):
         "Save where the run stands, as far as that is possible, and write its last event."
         try:
-            if reason == "failed" and (refused := self.train_step.refused()): self.state.step = refused[0]
+            if reason == "failed": self.to_last_taken()
             if self.state.step not in (0, self.saved_step): self.save()
         except InputError as e: why["unsaved"] = str(e)
         seconds = time.monotonic() - self.began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        self.writer.write("end", self.state.step, reason=reason, seconds=seconds, peak_memory_mb=peak, **why)
+        self.write("end", reason=reason, seconds=seconds, peak_memory_mb=peak, **why)
         self.writer.close()
         self.model.eval()
         if reason == "done":
