@@ -28,7 +28,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALLER = {"target_layer=11": "target_layer=4", "num_objects=2048": "num_objects=16"}
 SHORT = ("--epochs 1 --backbone test_vit.r160_in1k --random_backbone --image_size 32 --target_layer 3 --num_layers 2 "
          "--num_objects 8 --batch_size 8 --workers 0 --device cpu").split()
-HIDDEN = {"90_train": 1}   # `main()` where the notebook is a module that was started
+HIDDEN = {"90_train": 1, "91_cli": 1}   # `main()` where the notebook is a module that was started
 
 
 def prose():
