@@ -15,7 +15,7 @@ from .core.errors import command
 # %% ../nbs/91_cli.ipynb #9f2c68dc
 COMMANDS = {  # name: (module and function that takes the words after it, what it does)
     "train": ("llb.train:main", "train LLB on a frozen backbone (also: torchrun -m llb.train)"),
-    "evaluate": ("llb.cli:evaluate", "score finished runs once more, at any alpha"),
+    "evaluate": ("llb.cli:evaluate", "score finished runs and saved models on their own images or others"),
     "predict": ("llb.apps.predict:main", "predict the classes of images with a finished run or a saved model"),
     "compare": ("llb.study.compare:main", "compare heads over data sets and seeds, as a study file says"),
     "report": ("llb.apps.report:main", "write the report of a finished run"),
@@ -43,27 +43,26 @@ def main(argv:list[str]|None=None): # the words after `llb`; None for this progr
     getattr(import_module(module), function)(words)
 
 # %% ../nbs/91_cli.ipynb #4967c878
-def _device_parser(name:str, about:str)->argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(f"llb {name}", description=about)
-    parser.add_argument("--alpha", type=float, help="weight of the visual prediction, 0..1; without it, the run's own")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    return parser
-
 @command
 def evaluate(argv:list[str]):
-    "Score finished runs on their validation splits."
-    parser = _device_parser("evaluate", evaluate.__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")
-    args = parser.parse_args(argv)
+    "Score finished runs and saved models, and write the numbers into their folders."
+    parser = argparse.ArgumentParser("llb evaluate", description=evaluate.__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="a run folder, or a folder or repository of save_pretrained")
+    add("--dataset", help="as for llb train; without it and --data_dir, the run's own images")
+    add("--data_dir", help="class folders, or train/ and val/ with such; matched with the model's classes by name")
+    add("--split", help="all, val, train or selection; without it, val where it lies beside train, else all")
+    add("--alpha", type=float, help="weight of the visual prediction, 0..1; without it, the model's own")
+    add("--skip_unreadable", action="store_true", help="leave unreadable images out, listed and counted")
+    add("--name", help="of the folder in evaluations/; without it, data set and split")
+    add("--results", metavar="CSV", help="append a row for each model, in timm's columns and ours")
+    add("--batch_size", type=int, help="images at once; without it, as the run had them")
+    add("--workers", type=int, help="processes that decode images; without it, as the run had them")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    args = vars(parser.parse_args(argv))
     from llb.core.distributed import start_runtime
-    from llb.core.console import print_main
-    from llb.runs.folder import RunReader
-    from llb.training.evaluate import evaluate as score
-    for folder in args.runs:
-        run = RunReader(folder)
-        with start_runtime(args.device, run.config.run.amp) as runtime:
-            found = score(run.load_model(), run.load_data(), args.alpha, run.config, runtime)
-            print_main(f"{folder}\n{found}")
+    from llb.training.evaluations import evaluate_runs
+    with start_runtime(args.pop("device")) as runtime: evaluate_runs(args.pop("runs"), runtime, **args)
 
 # %% ../nbs/91_cli.ipynb #39ceb051
 @command

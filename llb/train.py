@@ -8,7 +8,7 @@ __all__ = ['train', 'main']
 # %% ../nbs/90_train.ipynb #40348236
 import sys
 
-from .core.errors import command, InputError
+from .core.errors import command
 from .runs.config import Config, parse_command
 
 # %% ../nbs/90_train.ipynb #998f193d
@@ -22,7 +22,7 @@ def _fit(config:Config, data, backbone, runtime)->dict: # what metrics.json hold
     classes = len(data.classes)
     visual = config.visual.objective == "visual"
     if visual: model = make_visual_model(config.visual, backbone, classes)
-    else: model = make_model(config.model, backbone, classes)
+    else: model = make_model(config.model, backbone, classes, data.classes)
     trained = sum(p.numel() for p in model.branch.parameters()) / 1e6
     print_main(f"{len(data.train)} training, {len(data.selection)} selection and {len(data.val)} validation images "
                f"of {classes} classes; {backbone.name} ({backbone.source}); {trained:.1f} M trained parameters; "
@@ -34,20 +34,10 @@ def _fit(config:Config, data, backbone, runtime)->dict: # what metrics.json hold
     print_main(f"Run folder: {config.run_folder}")
     return metrics
 
-def _score(config:Config, data, backbone, runtime)->dict: # what metrics.json holds
-    "Score a trained model on the validation split. Raises `InputError` when there is none, or the flags contradict it."
-    from llb.core.console import print_main
-    from llb.models.heads import HeadModel
-    from llb.runs.build import make_model
-    from llb.training.evaluate import evaluate
-    from llb.training.trainer import complete_config
-    folder = config.run_folder / "model"
-    if config.model.nv_weights: model = make_model(config.model, backbone, len(data.classes))
-    elif folder.is_dir(): model = HeadModel.from_pretrained(folder, backbone=backbone)
-    else: raise InputError(f"There is no trained model in {str(folder)!r} to evaluate; name one with --nv_weights.")
-    found = evaluate(model, data, config.model.alpha, complete_config(config, model, data), runtime)
-    print_main(str(found))
-    return found.metrics
+def _score(config:Config, runtime)->dict: # what metrics.json holds
+    "Score a trained model. Raises `InputError` when there is none, or the flags contradict it."
+    from llb.training.evaluations import evaluate_config
+    return evaluate_config(config, runtime).metrics
 
 # %% ../nbs/90_train.ipynb #cc88300e
 def train(
@@ -58,12 +48,13 @@ def train(
     from llb.core.distributed import main_first, restarted, run_on_main, start_runtime
     from llb.runs.build import make_backbone, make_data
     with start_runtime(config.run.device, config.run.amp, config.run.timeout) as runtime:
+        if config.run.eval: return _score(config, runtime)
         if restarted() and run_on_main(lambda: any(config.run_folder.glob("*"))):
             config = config.but(resume=True, overwrite=False)
         data = make_data(config)
         torch.manual_seed(config.run.seed)
         backbone = main_first(lambda: make_backbone(config.model, len(data.classes), config.data.alpha_background))
-        return (_score if config.run.eval else _fit)(config, data, backbone, runtime)
+        return _fit(config, data, backbone, runtime)
 
 # %% ../nbs/90_train.ipynb #42e12995
 def main(argv:list[str]|None=None): # the words after the command; None for this program's own

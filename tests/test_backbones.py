@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from llb.core.errors import InputError
-from llb.models.backbone import load_backbone
-from llb.models.zoo import FOCUS_NAME, METHODS
+from llb.models.backbone import architecture, load_backbone
+from llb.models.zoo import FOCUS_NAME, HUB_NAMES, METHODS
 
 # name, prefix tokens, patch: class token, none, registers only, both, distillation token, rotary and relative
 # positions, CNN stem, parallel blocks
@@ -21,13 +21,15 @@ FAMILIES = [
     ("vit_base_patch16_siglip_224", 0, 16), ("vit_base_patch32_clip_224", 1, 32),
     ("eva02_tiny_patch14_336", 1, 14), ("beit_base_patch16_224", 1, 16), ("vit_relpos_small_patch16_224", 0, 16),
     ("vit_relpos_base_patch16_cls_224", 1, 16), ("vit_small_patch16_rope_mixed_224", 1, 16),
-    ("vit_pe_core_tiny_patch16_384", 1, 16), ("vit_tiny_r_s16_p8_224", 1, 32), ("vit_pwee_patch16_reg1_gap_256", 1, 16),
+    ("vit_pe_core_tiny_patch16_384", 1, 16), ("naflexvit_base_patch16_parfac_gap", 4, 16),
+    ("naflexvit_base_patch16_siglip", 0, 16), ("vit_tiny_r_s16_p8_224", 1, 32),
+    ("vit_pwee_patch16_reg1_gap_256", 1, 16),
 ]
-LARGE = {"vit_base_patch16_siglip_224", "vit_base_patch32_clip_224",
+LARGE = {"naflexvit_base_patch16_siglip", "vit_base_patch16_siglip_224", "vit_base_patch32_clip_224",
          "vit_relpos_base_patch16_cls_224"}   # slow to write to disk
 REFUSED = ["resnet50", "swin_tiny_patch4_window7_224", "mixer_s32_224", "cait_xxs24_224", "xcit_nano_12_p16_224",
            "convit_tiny", "volo_d1_224", "crossvit_tiny_240", "tnt_s_patch16_224", "samvit_base_patch16",
-           "hiera_tiny_224", "pit_ti_224", "naflexvit_base_patch16_gap"]
+           "hiera_tiny_224", "pit_ti_224", "qwen3_vit_88m", "gemma4_vit_167m"]
 
 
 @pytest.mark.parametrize("name,prefix,patch", FAMILIES, ids=[f[0] for f in FAMILIES])
@@ -63,12 +65,71 @@ def test_contract(name, prefix, patch, tmp_path):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name):
-    with pytest.raises(InputError, match="not a plain token ViT"):
+    with pytest.raises(InputError, match="not a plain token ViT"), torch.device("meta"):
         load_backbone(name, pretrained=False)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vit_88m_enc", "qwen3_vit_306m_enc", "qwen3_vit_416m_enc",
+                                  "deepseek_vit_412m_enc"])
+def test_what_would_crash_later_is_refused_at_load(name):
+    with pytest.raises(InputError, match="loads, but its forward pass fails"), torch.device("meta"):
+        load_backbone(name, pretrained=False)
+
+
+@pytest.mark.parametrize("name", timm.list_models(module="naflexvit"))
+def test_naflexvit_has_a_grid_of_any_size(name):
+    with torch.device("meta"):
+        b = load_backbone(name, pretrained=False, image_size=(64, 96))
+        out = b(torch.empty(1, 3, 64, 96), layer=b.depth)
+    assert out.grid == b.grid == (4, 6) and out.patches.shape == (1, 24, b.dim)
+
+
+# ---- names ----
+
+def test_names_of_the_hub():
+    """Each name a maker uses on the hub stands for weights that timm publishes, and for a backbone that runs."""
+    assert set(HUB_NAMES.values()) <= set(timm.list_pretrained())
+    assert architecture("Facebook/DINOv2-Small") == architecture("hf_hub:facebook/dinov2-small")
+    for prefix in "timm/", "hf_hub:timm/", "hf-hub:timm/", "":
+        assert architecture(f"{prefix}vit_tiny_patch16_224.augreg_in21k") == "vit_tiny_patch16_224.augreg_in21k"
+
+
+def test_a_revision_is_passed_to_the_hub_and_kept(monkeypatch):
+    asked, real = {}, timm.create_model
+
+    def hub(name, pretrained=False, pretrained_cfg_overlay=None, **kwargs):
+        if pretrained: asked.update(pretrained_cfg_overlay)
+        return real(name, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", hub)
+    b = load_backbone("hf_hub:timm/test_vit.r160_in1k@0123abc")
+    assert asked == dict(hf_hub_id="timm/test_vit.r160_in1k@0123abc") and asked["hf_hub_id"] in b.source
+    assert load_backbone(**b.spec).name == b.name == "test_vit.r160_in1k@0123abc"   # a saved run asks for it again
+
+
+def test_clip_heads_of_the_hub_are_no_class_scores(monkeypatch):
+    asked, real = {}, timm.create_model
+
+    def hub(name, pretrained=False, **kwargs):
+        if pretrained: asked[name] = kwargs.get("num_classes")
+        with torch.device("meta"): return real(name, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", hub)
+    monkeypatch.setattr("llb.models.backbone._check_finite", lambda *a: None)   # meta tensors have no numbers
+    for name in "vit_base_patch32_clip_224.laion2b", "vit_base_patch32_clip_224.laion2b_ft_in12k_in1k":
+        load_backbone(name)
+    assert asked == {"vit_base_patch32_clip_224.laion2b": 0, "vit_base_patch32_clip_224.laion2b_ft_in12k_in1k": None}
 
 
 @pytest.mark.parametrize("kwargs,words", [
     (dict(name="vit_bas_patch16_224"), "vit_base_patch16_224"),
+    (dict(name="timm/vit_bas_patch16_224"), "vit_base_patch16_224"),
+    (dict(name="facebook/dinov2-smal"), "facebook/dinov2-small"),
+    (dict(name="google/vit-base-patch16-224"), "vit_base_patch16_224"),
+    (dict(name="vit_tiny_patch16_224.nobody"), "augreg_in21k_ft_in1k"),
+    (dict(name=__file__), "is a file"),
+    (dict(name="vit_tiny_patch16_224@0123abc", pretrained=False), "revision"),
+    (dict(name="vit_tiny_patch16_224@", pretrained=True), "revision"),
     (dict(name="mae_in1k_ft_in1q/Base"), "mae_in1k_ft_in1k"),
     (dict(name="timm_augreg_in21k_ft_in1k/Huge"), "Tiny, Small, Base, Large"),
     (dict(name="mae_in1k_ft_plc365/Base"),

@@ -252,12 +252,13 @@ def test_splits_of_any_seed_share_a_cache(images):
 
 
 def test_each_file_is_looked_up_once(images, monkeypatch):
-    data, looked_up = load_data(images), []
+    looked_up = []
     stat = type(images).stat
     def counted(path, **options):
         if path.suffix == ".png": looked_up.append(path)
         return stat(path, **options)
     monkeypatch.setattr(type(images), "stat", counted)
+    data = load_data(images)
     for _ in range(2):
         names = {all_images(data).content_key, *(split.fingerprint() for split in vars(data).values())}
     assert len(names) == 4 and len(looked_up) == len(set(looked_up)) == 60

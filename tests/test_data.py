@@ -105,6 +105,56 @@ def test_groups_of_a_user(tmp_path):
     assert len(data.selection) == 12   # one group of four of each class
 
 
+@pytest.mark.parametrize("names,read", [
+    (("Train", "Val"), ("Train", "Val")), (("training", "test"), ("training", "test")),
+    (("train", "valid", "Testing"), ("train", "valid"))])
+def test_splits_by_other_names(names, read, tmp_path, capsys):
+    data = load_data(splits(tmp_path, *names))
+    assert data.classes == ("circle", "square", "triangle") and len(data.val) == 15
+    found = [{f.split("/")[0] for f in images.files} for images in (data.train, data.selection, data.val)]
+    assert found == [{read[0]}, {read[0]}, {read[1]}]
+    assert ("Testing is not read: valid is what is reported" in capsys.readouterr().out) == (len(names) == 3)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    assert load_data(make_images(tmp_path, 6, ("bus", "test", "train"))).classes == ("bus", "test", "train")
+
+
+def test_what_is_no_image_is_counted_in_one_line(tmp_path, capsys):
+    for split, n in ("train", 10), ("val", 4): make_images(tmp_path / split, n)
+    for name in "circle/notes.txt", "circle/x.heic", "circle/.a.png", "square/._x.jpg", "square/Thumbs.db":
+        (tmp_path / "train" / name).touch()
+    shutil.copytree(tmp_path / "train/circle", tmp_path / "train/circle/.ipynb_checkpoints")
+    os.mkfifo(tmp_path / "val/circle/pipe.png")
+    (tmp_path / "val/circle/gone.png").symlink_to("nowhere.png")
+    (tmp_path / "val/circle/self.png").symlink_to("self.png")
+    shutil.copy(tmp_path / "val/circle/00.png", tmp_path / "val/loose.png")
+    data = load_data(tmp_path)
+    assert (len(data.train) + len(data.selection), len(data.val)) == (30, 12)
+    assert capsys.readouterr().out == (f"Left out in {tmp_path}: 1 .db, 1 .heic, 1 .txt, 3 hidden, 2 link to nothing, "
+                                       "1 outside the class folders, 1 pipe or device.\n")
+
+
+def test_names_of_one_file_stay_in_one_split(tmp_path, capsys):
+    folder = make_images(tmp_path, 20, ("circle", "square"))
+    for i in range(20): (folder / f"circle/again{i:02}.png").hardlink_to(folder / f"circle/{i:02}.png")
+    data = load_data(folder, selection_fraction=.3)
+    assert "20 of 60 images" in capsys.readouterr().out
+    inodes = [set(images.identities()) for images in vars(data).values()]
+    assert not inodes[0] & inodes[1] and not inodes[0] & inodes[2] and not inodes[1] & inodes[2]
+
+
+def test_class_folders_that_hold_the_same_folders_are_noted(tmp_path, capsys):
+    for part in "set1", "set2": make_images(tmp_path / part, 5)
+    assert load_data(tmp_path).classes == ("set1", "set2")
+    assert "hold no image themselves, but folders of the same names (circle, square" in capsys.readouterr().out
+
+
+def test_an_index_may_name_images_that_are_gone(tmp_path, capsys):
+    load_data(with_index(tmp_path, b"path,group\ncircle/00.png,1\ncircle/01.png,1\ncircle/99.png,1\n"))
+    assert "Note: 1 files named in" in capsys.readouterr().out
+
+
 def only(tmp_path, *names, per_class=3): return make_images(tmp_path / "data", per_class, names)
 
 def a_file(tmp_path):
@@ -129,6 +179,63 @@ def flat(tmp_path):
     only(tmp_path, "circle")
     return tmp_path / "data" / "circle"
 
+def linked_upwards(tmp_path):
+    folder = only(tmp_path, "circle", "square")
+    (folder / "circle/loop").symlink_to("..")
+    return folder
+
+def linked_class(tmp_path):
+    folder = only(tmp_path, "circle", "square", "triangle")
+    (folder / "circle/more").symlink_to("../square")
+    return folder
+
+def splits(tmp_path, *names):
+    for i, name in enumerate(names): make_images(tmp_path / "data" / name, 4 + i)
+    return tmp_path / "data"
+
+def shared_file(tmp_path):
+    folder = splits(tmp_path, "train", "val")
+    (folder / "val/circle/00.png").unlink()
+    (folder / "val/circle/00.png").hardlink_to(folder / "train/circle/00.png")
+    return folder
+
+def val_is_train(tmp_path):
+    (splits(tmp_path, "train") / "val").symlink_to("train")
+    return tmp_path / "data"
+
+def two_trains(tmp_path): return splits(tmp_path, "Train", "training", "val")
+
+def val_alone(tmp_path): return splits(tmp_path, "Validation")
+
+def hidden_only(tmp_path):
+    folder = empty_class(tmp_path)
+    for name in ".a.png", "._x.jpg": shutil.copy(folder / "circle/00.png", folder / "void" / name)
+    return folder
+
+def one_level_too_high(tmp_path):
+    make_images(tmp_path / "data/photos")
+    return tmp_path / "data"
+
+def with_index(tmp_path, content):
+    folder = only(tmp_path, "circle", "square", per_class=6)
+    (folder / "index.csv").write_bytes(content)
+    return folder
+
+def index_in_latin1(tmp_path): return with_index(tmp_path, b"path,group\ncaf\xe9.png,1\n")
+
+def index_of_others(tmp_path): return with_index(tmp_path, b"path,group\ndata/circle/00.png,1\n")
+
+def index_without_path(tmp_path): return with_index(tmp_path, b"file,group\ncircle/00.png,1\n")
+
+def named(tmp_path, name):
+    folder = only(tmp_path, "circle", "square", per_class=6)
+    path = os.fsencode(folder) + b"/" + name
+    if not name.endswith(b".png"):
+        os.mkdir(path)
+        path += b"/1.png"
+    shutil.copy(folder / "square/00.png", path)
+    return folder
+
 
 @pytest.mark.parametrize("make,words", [
     pytest.param(lambda t: t / "nowhere", "no folder", id="missing"),
@@ -140,11 +247,24 @@ def flat(tmp_path):
     pytest.param(train_alone, "no val", id="train-only"),
     pytest.param(other_classes, "hexagon", id="other-classes"),
     pytest.param(lambda t: only(t, "circle", "square", per_class=1), "too few", id="too-few"),
+    pytest.param(linked_upwards, "is a link to .*/data, .* Remove the link", id="link-loop"),
+    pytest.param(linked_class, "circle/more is a link to|square is a link to", id="linked-class"),
+    pytest.param(shared_file, "val/circle/00.png .* is the same file as train/circle/00.png", id="shared-file"),
+    pytest.param(val_is_train, "val/circle/00.png .* is the same file as train/circle/00.png", id="val-is-train"),
+    pytest.param(two_trains, "two folders for train, Train and training", id="two-trains"),
+    pytest.param(val_alone, "a folder Validation with folders in it, but no train", id="val-alone"),
+    pytest.param(hidden_only, "without an image: void; .* Left out: 2 hidden", id="hidden-only"),
+    pytest.param(one_level_too_high, "If the class folders are in .*/data/photos, give that one", id="wrapped"),
+    pytest.param(index_in_latin1, "index.csv cannot be read .*UTF-8", id="index-latin1"),
+    pytest.param(index_of_others, "index.csv names none of the images", id="index-of-others"),
+    pytest.param(index_without_path, "index.csv has no column path, but 'file', 'group'", id="index-without-path"),
+    pytest.param(lambda t: named(t, b"caf\xe9"), r"'caf\\udce9', a name with", id="class-not-utf8"),
+    pytest.param(lambda t: named(t, b"circle/caf\xe9.png"), r"'caf\\udce9.png', a name with", id="file-not-utf8"),
+    pytest.param(lambda t: named(t, b"circle/\x1b[2J.png"), r"'\\x1b\[2J.png', a name with", id="escape-sequence"),
 ])
 def test_bad_folder(make, words, tmp_path):
     with pytest.raises(InputError, match=words) as refused: load_data(make(tmp_path))
-    assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
-
+    assert str(refused.value).isprintable() and str(refused.value).endswith(".")
 
 def test_empty_folder(tmp_path):
     with pytest.raises(InputError, match="0 images in 0 class folders"): load_data(tmp_path)

@@ -1,4 +1,5 @@
 """The paper's data sets in the layouts they are distributed in: order, counts, what is refused, ImageNet-ReaL."""
+import io
 import json
 import random
 from importlib.resources import files
@@ -20,14 +21,12 @@ SYNSETS = (files("timm.data") / "_info" / "imagenet_synsets.txt").read_text().sp
 
 
 def tree(root, *paths, mode="RGB"):
-    """Tiny images at the given paths; all but one of each folder are links to one file."""
-    image = root / ".image.jpg"
-    if not image.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        Image.new(mode, (8, 8), 90 if mode == "L" else (90, 10, 10)).save(image)
+    """The same tiny image at all the given paths."""
+    image = io.BytesIO()
+    Image.new(mode, (8, 8), 90 if mode == "L" else (90, 10, 10)).save(image, "JPEG")
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).hardlink_to(image)
+        (root / path).write_bytes(image.getvalue())
     return root
 
 

@@ -11,11 +11,14 @@ from torch import nn
 from llb.core.distributed import Runtime
 from llb.core.errors import InputError
 from llb.data.splits import load_data
-from llb.models.backbone import load_backbone
+from llb.models.backbone import BackboneOutput, load_backbone
 from llb.models.heads import Head, HeadModel, HeadOutput, make_visual_head
-from llb.models.llb import LLB
-from llb.models.loss import HeadLoss, LLBLoss
-from llb.models.objects import LatentObjects, ObjectTable, SoftmaxAssigner
+from llb.models.llb import LabelBranch, LLB
+from llb.models.loss import HeadLoss, LLBLoss, undecided
+from llb.models.objects import (BorrowedAssignments, COMPACT, entropy, GeluScores, HardAssigner, LatentObjects,
+                                match_temperature, mean_patches, MeanTable, ObjectTable, PermutedTable, replaced,
+                                set_centres, SoftmaxAssigner, UniformAssigner)
+from llb.models.rivals import bag_of_objects
 from llb.runs.config import Config
 from llb.training.step import TrainStep
 from llb.training.trainer import Trainer
@@ -115,6 +118,117 @@ def test_random_numbers_of_an_assigner_are_the_same_when_assignments_are_made_ag
                                    dict(embedding=lambda d, k: ObjectTable(d + 1, k))], ids=["assigner", "embedding"])
 def test_a_part_of_another_shape_is_refused(parts, make_llb):
     with pytest.raises(InputError, match=f"The {next(iter(parts))} gives a tensor of shape"): make_llb(**parts)
+
+
+# Controls
+
+FROZEN = {"E": ("embedding",), "W": ("visual_block", "assigner"), "both": ("visual_block", "assigner", "embedding")}
+
+
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
+def test_a_frozen_part_stays_as_it_was_in_training_and_the_rest_does_not(frozen, make_llb):
+    torch.manual_seed(0)
+    model = make_llb(frozen=frozen)
+    before = {name: p.detach().clone() for name, p in model.branch.named_parameters()}
+    step = TrainStep(model.train(), Config.of(lr=1e-2), CPU)
+    for number in range(2): step(batch_of(7) | {"image": batch_of(7)["image"].float()}, number, 0.)
+    changed = {name for name, p in model.branch.named_parameters() if not torch.equal(p, before[name])}
+    fixed = {name for name in before if name.removeprefix("objects.").startswith(frozen)}
+    assert fixed and not changed & fixed and {"cls_token", "classifier.weight", "norm.bias"} <= changed
+    assert ("objects.embedding.weight" in changed) == ("embedding" not in frozen)
+
+
+def test_a_hidden_layer_in_place_of_assignments_has_the_size_of_llb_and_trains_by_cross_entropy(make_llb):
+    torch.manual_seed(0)
+    plain, hidden = make_llb(), make_llb(assigner=GeluScores)
+    count = [sum(p.numel() for p in model.branch.parameters()) for model in (plain, hidden)]
+    assert count[0] == count[1] and (hidden(torch.randn(2, 3, 32, 32)).assignments < 0).any()
+    terms, _ = one_step(hidden, 1, loss=HeadLoss())
+    assert list(terms) == ["loss", "cross_entropy", "visual_cross_entropy"]
+
+
+def test_a_hard_choice_goes_forward_and_the_softmax_goes_backward(make_llb):
+    torch.manual_seed(0)
+    soft, hard = SoftmaxAssigner(8, 5).double(), HardAssigner(8, 5).double()
+    hard.load_state_dict(soft.state_dict())
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.allclose(hard(x), nn.functional.one_hot(soft(x).argmax(-1), 5).double(), atol=1e-12)
+    weights = torch.randn(5, dtype=torch.float64)
+    def gradients(assign): return torch.autograd.grad((assign(x) * weights).sum(), [x, assign.weight, assign.bias])
+    assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(gradients(soft), gradients(hard)))
+
+
+@pytest.mark.parametrize("target", [.05, .7, 1.5])
+def test_k_means_is_as_soft_as_it_is_told_to_be(target):
+    torch.manual_seed(0)
+    assign, patches = SoftmaxAssigner(16, 6), 20 * torch.randn(8, 10, 16)
+    set_centres(assign, patches[0, :6])
+    assert match_temperature(assign, patches, target) == assign.temperature
+    assert abs(entropy(assign(patches)).mean().item() - target) < 1e-3
+    order = torch.cdist(patches, patches[0, :6]).argmin(-1)
+    assert torch.equal(assign(patches).argmax(-1), order)
+
+
+def test_an_object_without_patches_has_no_mean():
+    a = torch.tensor([[[1., 0, 0], [0, 1, 0]]])
+    rows = mean_patches([(a, torch.tensor([[[2., 4], [6, 8]]])), (a, torch.tensor([[[4., 4], [6, 8]]]))])
+    assert rows.tolist() == [[3, 4], [6, 8], [0, 0]]
+
+
+def test_information_needs_kept_assignments(make_llb):
+    loss = LLBLoss(terms={"undecided": (.5, undecided)})
+    torch.manual_seed(0)
+    (whole, _), (split, _) = (one_step(make_llb(), micro, loss=loss) for micro in (1, 1))
+    assert "undecided" in whole and torch.isclose(whole["undecided"], whole["patch_entropy"], rtol=1e-6)
+    backbone = load_backbone("test_vit", pretrained=False, image_size=32, num_classes=3)
+    many = LLB(backbone, num_objects=COMPACT, num_layers=2, target_layer=3).train()
+    with pytest.raises(InputError, match="fewer objects"): loss(many(torch.randn(2, 3, 32, 32)), torch.tensor([0, 1]))
+
+
+def planted(n, seed):
+    "Tokens of 4 prototypes; the class says whether the two prototypes of an image are of the same pair: xor."
+    draw = torch.Generator().manual_seed(seed)
+    looks = 3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    first, second = torch.randint(2, (n,), generator=draw), torch.randint(2, (n,), generator=draw)
+    which = torch.stack([first, 2 + second], 1).repeat_interleave(4, 1)   # [n,8]
+    tokens = looks[which] + .3 * torch.randn(n, 8, 32, generator=draw)
+    return BackboneOutput(tokens, (2, 4), 0), first ^ second
+
+
+def test_without_its_objects_a_trained_model_knows_nothing():
+    torch.manual_seed(0)
+    branch = LabelBranch(32, 4, 2, num_objects=16, num_layers=3).train()
+    optimizer, loss = torch.optim.AdamW(branch.parameters(), 2e-3), LLBLoss()
+    for step in range(60):
+        features, labels = planted(64, step)
+        loss(branch(features), labels)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    branch.eval()
+    (features, labels), (others, _), objects = planted(400, 1000), planted(400, 1001), branch.objects
+    @torch.no_grad()
+    def right(): return (branch(features).label_logits.argmax(-1) == labels).float().mean().item()
+    assert right() > .95
+    with torch.no_grad(): a, elsewhere = branch(features).assignments, branch(others).assignments
+    with replaced(objects, UniformAssigner(16)): assert abs(right() - .5) < .1
+    with replaced(objects, embedding=MeanTable(objects.embedding, a.mean((0, 1)))): assert abs(right() - .5) < .1
+    with replaced(objects, BorrowedAssignments(elsewhere)): assert abs(right() - .5) < .1
+    permuted = []
+    for seed in range(8):
+        with replaced(objects, embedding=PermutedTable(objects.embedding, seed)): permuted.append(right())
+    assert abs(sum(permuted) / 8 - .5) < .2 and right() > .95, "and it is itself again"
+
+
+def test_a_bag_of_objects_is_fitted_by_the_trainer_and_read_back(make_llb, images, tmp_path):
+    torch.manual_seed(0)
+    bag, data = bag_of_objects(make_llb()), load_data(images)
+    config = Config.of(batch_size=12, workers=0, augment="none", save_dir=tmp_path, name="bag")
+    metrics = Trainer(bag, data, config).fit()
+    again = HeadModel.from_pretrained(tmp_path / "bag" / "model")
+    assert metrics["fit"]["cells"] == 45 and again.metrics["label"] == metrics["label"]
+    photo = images / "circle" / "00.png"
+    assert torch.equal(again.predict(photo).probabilities["label"], bag.predict(photo).probabilities["label"])
+    with pytest.raises(InputError, match="another assigner"): bag_of_objects(make_llb(assigner=HardAssigner))
 
 
 # Saved and loaded

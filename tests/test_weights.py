@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torchvision.models import ViT_B_16_Weights, VisionTransformer, vit_b_16, vit_h_14, vit_l_16
 
 from llb.core.errors import InputError
+from llb.core.files import file_hash
 from llb.models.backbone import load_backbone
-from llb.models.weights import layout_of, read_state_dict, to_timm
+from llb.models.weights import fetch, layout_of, read_state_dict, to_timm
 
 NAME, SIZE, DIM, HEADS, DEPTH, CLASSES = "vit_tiny_patch16_224", 48, 192, 3, 12, 7   # a 3 x 3 grid
 
@@ -223,6 +224,56 @@ def test_no_code_from_files(wrap, tmp_path, capsys):
     with pytest.raises(InputError, match="cannot be read as weights"):
         read_state_dict(tmp_path / "w.npz")
     assert "never run" not in capsys.readouterr().out
+
+
+# ---- damaged files ----
+
+def test_damaged_files_give_a_sentence(tmp_path):
+    good = timm.create_model("test_vit").state_dict()
+    save_file(good, tmp_path / "cut.safetensors")
+    torch.save({"model": good}, tmp_path / "cut.pth")
+    for name in "cut.safetensors", "cut.pth":
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:1000])
+    for name in "empty.pth", "empty.safetensors", "empty.npz": (tmp_path / name).touch()
+    np.savez(tmp_path / "object.npz", a=np.array([{}], dtype=object))
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
+    for name, value in [("list.pth", [torch.ones(1)]), ("tensor.pth", torch.ones(1)), ("plain.pth", {"epoch": 3}),
+                        ("nested.pth", {"model": {"a": {"b": torch.ones(1)}}})]:
+        torch.save(value, tmp_path / name)
+    (tmp_path / "folder.pth").mkdir()
+    for file in sorted(tmp_path.iterdir()):
+        with pytest.raises(InputError) as error:
+            load_backbone("test_vit", checkpoint=file)
+        assert file.name in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("value,words", [
+    (torch.full((64,), float("nan")), "NaN or infinite numbers are in norm.weight"),
+    (torch.full((64,), -float("inf")), "NaN or infinite"),
+    (torch.ones(64, dtype=torch.int8), "whole numbers are in norm.weight"),
+    (torch.ones(64, dtype=torch.bool), "whole numbers"),
+    (torch.ones(32), r"norm.weight is \[32\] and not \[64\]")])
+def test_damaged_numbers_are_refused(value, words, tmp_path):
+    torch.save(timm.create_model("test_vit").state_dict() | {"norm.weight": value}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=words):
+        load_backbone("test_vit", checkpoint=tmp_path / "w.pth")
+
+
+def test_a_cached_file_is_verified_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LLB_CACHE", str(tmp_path / "cache"))
+    published, reads = tmp_path / "mae.pth", []
+    published.write_bytes(b"numbers")
+    digest = f"md5:{file_hash(published, 'md5')[:6]}"
+    monkeypatch.setattr("llb.models.weights.file_hash", lambda *a: reads.append(a) or file_hash(*a))
+    cached = fetch(published.as_uri(), digest)
+    del reads[:]
+    assert fetch(published.as_uri(), digest) == fetch(published.as_uri(), digest) == cached and len(reads) == 1
+    cached.write_bytes(b"garbage")   # the same size, another time
+    assert fetch(published.as_uri(), digest).read_bytes() == b"numbers" and "fetched again" in capsys.readouterr().out
+    cached.write_bytes(b"garbage")
+    published.unlink()
+    with pytest.raises(InputError, match="could not be fetched"):
+        fetch(published.as_uri(), digest)
 
 
 # ---- position embeddings ----

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TokensSeen', 'forward_with_tokens', 'Counted', 'IndexSums', 'describe_index', 'build_index', 'index_scores',
-           'LoadedRun', 'load_run', 'index_run']
+           'images_of_run', 'LoadedRun', 'load_run', 'index_run']
 
 # %% ../../nbs/5_analysis/53_build.ipynb #74ab7e3f
 from dataclasses import asdict
@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -28,7 +27,7 @@ from ..data.splits import join_images
 from ..models.backbone import BackboneOutput
 from ..models.llb import LLB, LLBOutput
 from ..models.objects import entropy
-from ..models.weights import content_hash
+from ..models.weights import content_hash, read_state_dict
 from ..runs.checkpoints import load_checkpoint
 from ..runs.folder import environment, RunReader
 from ..training.inputs import features_of, scoring_loader
@@ -190,7 +189,7 @@ def index_scores(
     return merge_scores(scored)
 
 # %% ../../nbs/5_analysis/53_build.ipynb #632cdacb
-def _images_of(run:RunReader, split:str)->ImageList:
+def images_of_run(run:RunReader, split:str)->ImageList:
     "The images of one split, or of all in a row. Raises `InputError` unless they are those of the run."
     data = run.load_data()
     names = list(vars(data)) if split == "all" else [split]
@@ -209,13 +208,13 @@ def _images_of(run:RunReader, split:str)->ImageList:
 
 # %% ../../nbs/5_analysis/53_build.ipynb #eb936160
 def _trained_tensors(run:RunReader, checkpoint:str|None)->dict[str, Tensor]:
-    "The trained tensors of a run. Raises `InputError` when it has none."
+    "The trained tensors of a run. Raises `InputError` when it has none, or they are damaged."
     if checkpoint: return load_checkpoint(run.folder / "checkpoints" / checkpoint)["branch"]
     weights = run.folder / "model" / "model.safetensors"
     if not weights.is_file():
         raise InputError(f"{str(run.folder)!r} holds no trained model (model/model.safetensors); "
                          "finish the run with --save.")
-    return load_file(weights)
+    return read_state_dict(weights)
 
 # %% ../../nbs/5_analysis/53_build.ipynb #a78a22df
 class LoadedRun(NamedTuple):
@@ -235,7 +234,7 @@ def load_run(
     Raises `InputError` without a model, and for other images than the run's."""
     run = run if isinstance(run, RunReader) else RunReader(run)
     trained = _trained_tensors(run, checkpoint)
-    images, runtime = _images_of(run, split), Runtime(pick_device(device))
+    images, runtime = images_of_run(run, split), Runtime(pick_device(device))
     if checkpoint: run = RunReader(run.folder)   # a checkpoint must not change the model that others read
     model = run.load_model()
     model.branch.load_state_dict(trained)
@@ -257,7 +256,7 @@ def index_run(
     `load_run` does. Where the images are gone, `open_index` still reads an index."""
     run = run if isinstance(run, RunReader) else RunReader(run)
     folder = run.folder / "objects" / (f"{split}-{checkpoint}" if checkpoint else split)
-    wanted = content_hash(_trained_tensors(run, checkpoint)), _images_of(run, split).content_key
+    wanted = content_hash(_trained_tensors(run, checkpoint)), images_of_run(run, split).content_key
     if not rebuild and (folder / "index.json").is_file():
         try: index = open_index(folder)
         except InputError: index = None   # damaged: it can be made again

@@ -123,6 +123,17 @@ def open_effects(
     return _stored(index.folder / "effects") if (index.folder / "effects").is_dir() else None
 
 # %% ../../nbs/5_analysis/51_index.ipynb #46519621
+_SAID = ("model", "content", "settings", "backbone", "grid", "preprocessing", "classes", "images")   # by every index
+
+def _read_said(folder:Path, count:int)->tuple[dict, list[str]]: # index.json and files.json
+    "What an index says of itself. Raises `ValueError` when that is not of `count` images, or not all."
+    info, files = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("index.json", "files.json"))
+    if not isinstance(info, dict) or (lacking := [name for name in _SAID if name not in info]):
+        raise ValueError(f"index.json lacks {', '.join(lacking) if isinstance(info, dict) else 'everything'}")
+    if not isinstance(files, list) or len(files) != count:
+        raise ValueError(f"files.json does not name the {count} images of the rows")
+    return info, files
+
 def open_index(
     folder:str|Path,         # written by `build_index`
     root:str|Path|None=None  # where the images are now, when they have moved
@@ -133,7 +144,7 @@ def open_index(
         raise InputError(f"There is no object index in {str(folder)!r}; make one with index_run() or build_index().")
     rows = _stored(folder / "rows")
     try:
-        info, files = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("index.json", "files.json"))
+        info, files = _read_said(folder, len(rows))
         arrays = load_file(folder / "objects.safetensors")
         kept = {kind: {f.name: arrays[f"{kind}.{f.name}"] for f in fields(Exemplars)} for kind in ("top", "sample")}
         sums = {f.name: arrays[f.name] for f in fields(ObjectSums)}

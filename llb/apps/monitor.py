@@ -186,6 +186,8 @@ class _StatePanel:
 class _Watch:
     "Calls `refresh` and `draw` in a thread for as long as a run lives."
     def __init__(self, every_s:float):
+        if not 0 < every_s < float("inf"):
+            raise InputError(f"every_s is {every_s}, but it must be a finite number of seconds above 0.")
         self.every_s, self._lock, self._over = every_s, threading.RLock(), threading.Event()
         self._thread, self._wanted = None, False
 

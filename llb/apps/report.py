@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ..analysis.catalog import Catalog, find_objects
-from ..analysis.build import index_run, index_scores
+from ..analysis.build import images_of_run, index_run, index_scores
 from ..analysis.index import ObjectIndex
 from ..analysis.effects import effects_of_run
 from ..analysis.usage import summarise
@@ -38,8 +39,10 @@ def figure_of_sample(
     run:RunReader,   # of a finished run
     count:int=12     # images
 )->Figure:
-    "Random validation images beside their assignment maps, with what was true and what was predicted."
-    sample, classes = sample_images(run.load_data().val, count), run.load_data().classes
+    """Random validation images beside their assignment maps, with what was true and what was predicted.
+    Raises `InputError` when the run had other images."""
+    images = images_of_run(run, "val")
+    sample, classes = sample_images(images, count), images.classes
     shown, out = forward_images(run.load_model(), sample)
     def names(scores): return [classes[c] for c in scores.argmax(-1)]
     axes = plot_map_gallery(shown, out.assignments, out.grid, labels=[classes[y] for y in sample.labels],
@@ -83,9 +86,14 @@ def _class_use(catalog:Catalog)->Markup:
 
 # %% ../../nbs/8_apps/87_report.ipynb #f3677720
 def _comparisons(run:RunReader)->list[tuple[str, str, PairedDifference]]:
-    "Whether fusing, and the label branch, make a difference to the visual prediction; from predictions.safetensors."
-    found = load_file(run.folder / "predictions.safetensors")
-    right = {who: found[f"{who}_top1"] == found["label"] for who in ("visual", "label", "fused")}
+    """Whether fusing, and the label branch, make a difference to the visual prediction; from predictions.safetensors.
+    Raises `InputError` when that file is not there, or damaged."""
+    path = run.folder / "predictions.safetensors"
+    try:
+        found = load_file(path)
+        right = {who: found[f"{who}_top1"] == found["label"] for who in ("visual", "label", "fused")}
+    except (OSError, KeyError, SafetensorError) as e:
+        raise InputError(f"{str(path)!r} cannot be read ({e}); `llb train --resume` writes it again.") from e
     return [(who, "visual", paired_difference(right[who], right["visual"])) for who in ("fused", "label")]
 
 # %% ../../nbs/8_apps/87_report.ipynb #f34fc81b
@@ -140,9 +148,10 @@ def _figures(run:RunReader, catalog:Catalog)->dict[str, Markup]: # by the name t
 def write_report(run:RunReader)->Path: # report.html in the run folder
     "Build the index where it is missing, and write the page. Raises `InputError` for a run that has no LLB or goes on."
     run.finished().load_model()
+    comparisons = _comparisons(run)
     catalog = Catalog(*effects_of_run(run), name=run.folder.name)
     numbers = {
-        "index": catalog.index.info, "config": run.config, "comparisons": _comparisons(run),
+        "index": catalog.index.info, "config": run.config, "comparisons": comparisons,
         "sizes": {name: len(images) for name, images in vars(run.load_data()).items()},
         "use": summarise(catalog.index), "label_specific": int(catalog.table["label_specific"].sum()),
         "effects": _effect_numbers(catalog),

@@ -11,6 +11,7 @@ from unicodedata import combining, east_asian_width
 
 from tqdm.auto import tqdm
 from .distributed import rank
+from .errors import without_controls
 
 # %% ../../nbs/0_core/03_console.ipynb #5dbee307
 def is_interactive()->bool: # someone watches: a terminal or a notebook
@@ -33,7 +34,7 @@ def print_main(
     message:str
 ):
     "Print a line for a person, once, whatever the number of processes."
-    if rank() == 0: tqdm.write(message)
+    if rank() == 0: tqdm.write(without_controls(message))
 
 # %% ../../nbs/0_core/03_console.ipynb #686e2355
 def printable(

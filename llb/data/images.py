@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DECODING', 'image_formats', 'image_extensions', 'parse_colour', 'as_rgb', 'UnreadableImage', 'decode', 'ImageList',
-           'scan_folder']
+           'check_name', 'class_names', 'describe_left_out', 'scan_folder']
 
 # %% ../../nbs/1_data/10_images.ipynb #3873614f
 import csv, hashlib, os, re, stat
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageColor, ImageOps, features
 
-from ..core.errors import InputError
+from ..core.console import print_main
+from ..core.errors import InputError, without_controls
 
 # %% ../../nbs/1_data/10_images.ipynb #f6e55ba9
 _FORMATS = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "BMP": (".bmp",), "GIF": (".gif",),
@@ -119,23 +121,28 @@ def _short_hash(lines:Iterable[str])->str: # 16 hex digits
 
 class _Names:
     "The names of an `ImageList`, each computed when it is first asked for."
-    def _stats(self)->list[tuple[int, int]]: # of each file: bytes, time of change in ns
+    def _stats(self)->list[tuple]: # of each file: bytes, times of change of content and of entry (ns), device, inode
         for file in self.files:
             if file in self.stats: continue
             try: found = (self.root / file).stat()
             except OSError as e: raise InputError(f"{self.root / file} cannot be read ({e.strerror}).") from e
-            self.stats[file] = found.st_size, found.st_mtime_ns
+            times = found.st_mtime_ns, found.st_ctime_ns
+            self.stats[file] = found.st_size, *times, found.st_dev, found.st_ino
         return [self.stats[file] for file in self.files]
+
+    def identities(self)->list[tuple[int, int]]: # of each file: device, inode
+        "What two names of one file have in common. Raises `InputError` when a file is gone."
+        return [found[3:] for found in self._stats()]
 
     @cached_property
     def content_key(self)->str: # 16 hex digits
         "What caches go by: folder, files, sizes, times of change. Raises `InputError` when a file is gone."
-        rows = (f"{file} {size} {time}" for file, (size, time) in zip(self.files, self._stats()))
+        rows = (f"{file} {size} {mtime} {ctime}" for file, (size, mtime, ctime, *_) in zip(self.files, self._stats()))
         return _short_hash([f"decoding {DECODING}", str(self.root.resolve()), *rows])
 
     @cached_property
     def _fingerprint(self)->str:
-        return _short_hash(f"{f} {size} {y}" for f, (size, _), y in zip(self.files, self._stats(), self.labels))
+        return _short_hash(f"{f} {size} {y}" for f, (size, *_), y in zip(self.files, self._stats(), self.labels))
 
     @cached_property
     def _names_and_labels(self)->str: return _short_hash(f"{f}  {y}" for f, y in zip(self.files, self.labels))
@@ -155,7 +162,8 @@ class ImageList(_Names):
     labels: tuple[int, ...]  # class index of each file
     classes: tuple[str, ...] # class names by index
     groups: tuple[str, ...]  # files of one group (near duplicates) stay in one split; by default each is its own
-    stats: dict = field(default_factory=dict, repr=False, compare=False) # file -> bytes, time; shared by `take`
+    stats: dict = field(default_factory=dict, repr=False, compare=False) # file -> see `_stats`; shared by `take`
+    left_out: dict = field(default_factory=dict, repr=False, compare=False) # files that are no images: kind -> count
 
     def __len__(self): return len(self.files)
 
@@ -172,54 +180,174 @@ class ImageList(_Names):
         def pick(values:tuple)->tuple: return tuple(values[i] for i in indices)
         return replace(self, files=pick(self.files), labels=pick(self.labels), groups=pick(self.groups))
 
+# %% ../../nbs/1_data/10_images.ipynb #459e1d4b
+def check_name(
+    name:str, # of a file, folder or class
+    where     # what has it, for the sentence
+):
+    "Raise `InputError` for a name with control characters, or of bytes that are not UTF-8."
+    if without_controls(name) != name or re.search(r"[\n\t]", name):
+        raise InputError(f"{ascii(str(where))[1:-1]} holds {ascii(name)}, a name with control characters or bytes that "
+                         "are not UTF-8; rename it.")
+
 # %% ../../nbs/1_data/10_images.ipynb #f359d1fe
+def _read_index(path:Path)->list[dict]: # one row a file
+    "The rows of index.csv. Raises `InputError` when it cannot be read or names no files."
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f: rows = list(csv.DictReader(f))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise InputError(f"{path} cannot be read ({e}); it must be a CSV file in UTF-8.") from e
+    if rows and "path" not in rows[0]:
+        raise InputError(f"{path} has no column path, but {', '.join(map(repr, rows[0]))}; name the files there, "
+                         "relative to its folder.")
+    return rows
+
 def _read_groups(
-    root:Path # may hold index.csv
+    root:Path,        # may hold index.csv
+    files:list[str],  # relative paths of the images there are
+    sub:str=""        # the folder they are in
 )->dict[str, str]: # relative path -> group
-    "Which images belong together."
-    if not (root / "index.csv").exists(): return {}
-    with open(root / "index.csv", newline="", encoding="utf-8") as f:
-        return {row["path"]: row["group"] for row in csv.DictReader(f) if "group" in row}
+    "Which images belong together. Raises `InputError` for an index of other images; says how many are not there."
+    rows = _read_index(root / "index.csv") if (root / "index.csv").is_file() else []
+    ours = {row["path"]: row.get("group") for row in rows if row["path"] and row["path"].startswith(sub)}
+    groups = {path: group for path, group in ours.items() if group}
+    if not groups: return {}
+    missing = sorted(set(ours).difference(files))
+    if len(missing) == len(ours):
+        raise InputError(f"{root / 'index.csv'} names none of the images in {root / sub}, but {missing[0]!r} for one; "
+                         "its paths must be relative to its own folder.")
+    if missing:
+        print_main(f"Note: {len(missing)} files named in {root / 'index.csv'} are not there, {missing[0]!r} for one.")
+    return groups
 
 def _refuse(error:OSError):
     raise InputError(f"The folder {error.filename!r} cannot be read ({error.strerror}).") from error
 
-# %% ../../nbs/1_data/10_images.ipynb #cc8d5379
-def _image_files(folder:Path, name:str)->list[str]: # "name/a.jpg", "name/b/c.png", ...
-    "The image files below a folder, which is called `name`. Raises `InputError` when a folder in it cannot be read."
-    found, skip, ends = [], len(str(folder)), image_extensions()
-    for path, _, files in os.walk(folder, onerror=_refuse, followlinks=True):
-        found += [f"{name}{path[skip:]}/{f}" for f in files if f.lower().endswith(ends)]
-    return sorted(found, key=lambda f: f.split("/"))
+# %% ../../nbs/1_data/10_images.ipynb #d16475a1
+_FOLDER, _IMAGE = "folder", "image"
+
+def _kind(entry:os.DirEntry, ends:tuple[str, ...])->str: # `_FOLDER`, `_IMAGE`, or why it is neither
+    "What an entry of a folder is."
+    if entry.name.startswith("."): return "hidden"
+    try:
+        if entry.is_dir(): return _FOLDER
+        regular = entry.is_file()
+    except OSError: return "link to nothing"   # a link to itself
+    if not regular: return "link to nothing" if entry.is_symlink() else "pipe or device"
+    if entry.name.lower().endswith(ends): return _IMAGE
+    ending = os.path.splitext(entry.name)[1].lower()
+    return ending if re.fullmatch(r"\.\w{1,9}", ending, re.ASCII) else "of another kind"
+
+# %% ../../nbs/1_data/10_images.ipynb #bd60af7e
+class _Walk:
+    "A walk through the class folders of a data set: what was entered, and what was left out."
+    def __init__(self, base:Path):
+        self.entered, self.left_out, self.ends = {}, Counter(), image_extensions()
+        for path in base.resolve().parents: self.enter(path)
+        self.enter(base)
+
+    def enter(self, path:str|Path):
+        "Note a folder. Raises `InputError` when it was entered before, under this name or another."
+        found = os.stat(path)
+        known = self.entered.setdefault((found.st_dev, found.st_ino), path)
+        if known is not path:
+            raise InputError(f"{path} is a link to {known}, which is part of the same data set or around it; its "
+                             "images would count several times. Remove the link.")
+
+    def count_loose(self, base:Path):
+        "Count the images that lie beside the class folders."
+        with os.scandir(base) as entries: loose = sum(_kind(entry, self.ends) == _IMAGE for entry in entries)
+        if loose: self.left_out["outside the class folders"] += loose
+
+    def files(self, folder:str|Path, name:str)->list[str]: # "name/a.jpg", "name/b/c.png", ..., sorted
+        "The image files below a folder, which is called `name`. Raises `InputError` when a folder cannot be read."
+        try:
+            self.enter(folder)
+            with os.scandir(folder) as entries: entries = sorted(entries, key=lambda entry: entry.name)
+        except OSError as e: _refuse(e)
+        found = []
+        for entry in entries:
+            kind = _kind(entry, self.ends)
+            if kind in (_FOLDER, _IMAGE): check_name(entry.name, folder)
+            if kind == _FOLDER: found += self.files(entry.path, f"{name}/{entry.name}")
+            elif kind == _IMAGE: found.append(f"{name}/{entry.name}")
+            else: self.left_out[kind] += 1
+        return found
 
 # %% ../../nbs/1_data/10_images.ipynb #8b160bfa
-def _class_names(base:Path)->tuple[str, ...]: # sorted
+def class_names(base:Path)->tuple[str, ...]: # sorted
     "The folders in a folder that aren't hidden. Raises `InputError` when it can't be read."
     if not base.is_dir():
         raise InputError(f"There is no folder {str(base)!r}; --data_dir must name a folder of class folders.")
-    try: return tuple(sorted(d.name for d in base.iterdir() if d.is_dir() and not d.name.startswith(".")))
+    try: names = sorted(d.name for d in base.iterdir() if d.is_dir() and not d.name.startswith("."))
     except OSError as e: _refuse(e)
+    for name in names: check_name(name, base)
+    return tuple(names)
+
+# %% ../../nbs/1_data/10_images.ipynb #553616f4
+def _grouped(images:ImageList)->ImageList:
+    "The same with the names of one file in one group; says how many there are."
+    first, groups = {}, []
+    for identity, group in zip(images.identities(), images.groups): groups.append(first.setdefault(identity, group))
+    if again := len(images) - len(first):
+        print_main(f"Note: {again} of {len(images)} images in {images.root} are links to others of them; each counts, "
+                   "and no split separates them.")
+    return replace(images, groups=tuple(groups)) if again else images
+
+def _check_depth(
+    base:Path,
+    files:dict[str, list[str]], # class -> relative paths
+    depth:int                   # parts of the path of a class folder
+):
+    "Say so when class folders look like something else: all hold folders of the same names, and no image."
+    inner = []
+    for found in files.values():
+        parts = [f.split("/") for f in found]
+        if not parts or any(len(names) == depth + 1 for names in parts): return
+        inner.append({names[depth] for names in parts})
+    shared = sorted(set.intersection(*inner))
+    if len(shared) > 1:
+        print_main(f"Note: the class folders of {base} ({', '.join(list(files)[:3])}, ...) hold no image themselves, "
+                   f"but folders of the same names ({', '.join(shared[:3])}, ...). If those are the classes, sort the "
+                   "images by them.")
 
 # %% ../../nbs/1_data/10_images.ipynb #5fdc4800
+def describe_left_out(left_out:dict[str, int])->str: # "2 .txt, 1 hidden"; "" for none
+    "Files that are no images, for people."
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+
+def _check_classes(base:Path, files:dict[str, list[str]], left_out:dict[str, int], fixed:bool):
+    "Raise `InputError` for fewer than two classes, no images, or a class without any."
+    count = sum(map(len, files.values()))
+    left = f" Left out: {describe_left_out(left_out)}." if left_out else ""
+    if len(files) < 2 or not count:
+        only = base / next(iter(files)) if len(files) == 1 else None
+        inner = only and any(path.is_dir() for path in only.iterdir())
+        hint = f" If the class folders are in {only}, give that one." if inner else ""
+        raise InputError(f"{base} has {count} images in {len(files)} class folders; training needs images of at least "
+                         f"2 classes, one folder a class.{left}{hint}")
+    if not fixed and (empty := [c for c in files if not files[c]]):
+        raise InputError(f"{base} has class folders without an image: {', '.join(empty[:5])}; remove or fill "
+                         f"them.{left}")
+
 def scan_folder(
     root:Path,              # files will be relative to this folder
     sub:str="",             # the folder in it that holds the class folders
     classes:tuple|None=None # the class names expected; None to take them from the folders
 )->ImageList:
-    "List the images in class folders. Raises `InputError` for a missing, empty or one-class folder."
+    "List the images in class folders. Raises `InputError` for a missing, empty or one-class folder, and for odd links."
     root, base = Path(root), Path(root) / sub
-    found = _class_names(base)
+    check_name(str(base), "--data_dir")
+    found = class_names(base)
     if strange := [c for c in found if classes and c not in classes]:
         raise InputError(f"{base} has classes that train does not have: {', '.join(strange[:5])}.")
-    wanted = classes or found
-    files = {c: _image_files(base / c, (Path(sub) / c).as_posix()) if c in found else [] for c in wanted}
-    count = sum(map(len, files.values()))
-    if len(wanted) < 2 or not count:
-        raise InputError(f"{base} has {count} images in {len(wanted)} class folders; training needs images of at least "
-                         "2 classes, one folder a class.")
-    if not classes and (empty := [c for c in found if not files[c]]):
-        raise InputError(f"{base} has class folders without an image: {', '.join(empty[:5])}; remove or fill them.")
-    names = tuple(f for c in wanted for f in files[c])
-    labels = tuple(label for label, c in enumerate(wanted) for _ in files[c])
-    groups = _read_groups(root)
-    return ImageList(root, names, labels, wanted, tuple(groups.get(f, f) for f in names))
+    walk = _Walk(base)
+    files = {c: walk.files(base / c, (Path(sub) / c).as_posix()) if c in found else [] for c in classes or found}
+    walk.count_loose(base)
+    _check_classes(base, files, walk.left_out, fixed=bool(classes))
+    _check_depth(base, files, depth=len(Path(sub).parts) + 1)
+    names = [f for c in files for f in files[c]]
+    labels = tuple(label for label, c in enumerate(files) for _ in files[c])
+    groups = _read_groups(root, names, sub)
+    named = tuple(groups.get(f, f) for f in names)
+    return _grouped(ImageList(root, tuple(names), labels, tuple(files), named, left_out=dict(walk.left_out)))

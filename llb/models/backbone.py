@@ -21,12 +21,13 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..core.console import print_main
 from ..core.errors import InputError
-from .weights import (content_hash, convert_focus, fetch, focus_file, focus_weights,
-                                layout_of, read_state_dict, StateDict, to_timm)
-from .zoo import FAMILIES, find_method, FOCUS_NAME, how_to_make, Method, METHODS
+from .weights import (content_hash, convert_focus, fetch, focus_file, focus_weights, layout_of,
+                                left_out, read_state_dict, StateDict, timm_reads, to_timm)
+from .zoo import FAMILIES, find_method, FOCUS_NAME, how_to_make, HUB_NAMES, hub_equivalent, Method, METHODS
 from ..data.images import parse_colour
 from ..data.preprocessing import Preprocessing
 
@@ -126,8 +127,8 @@ class _SizedBackbone(Described, FrozenWeights):
         return self.preprocessing.transform(train)
 
     def _facts(self)->dict:
-        height, width = self.image_size
-        return {"name": self.name, "weights": self.source, "image": f"{height} x {width}", "patch": self.patch_size,
+        image, grid = (f"{height} x {width}" for height, width in (self.image_size, self.grid))
+        return {"name": self.name, "weights": self.source, "image": image, "patch": self.patch_size, "grid": grid,
                 "blocks": self.depth, "width": self.dim, "prefix tokens": self.num_prefix, "classes": self.num_classes}
 
 # %% ../../nbs/2_models/22_backbone.ipynb #f27d1ec9
@@ -179,17 +180,33 @@ class Backbone(_SizedBackbone):
 _FOCUS_ARCHITECTURE = "vit_small_patch14_dinov2"
 
 def architecture(
-    name:str # of a method of the release, the embedded backbone, or a timm model with or without tag
+    name:str # of a method of the release, the embedded backbone, a timm model with or without tag, a maker's on the hub
 )->str: # a name timm can build
     "Resolve a backbone's name. Raises `InputError` with near matches when there is none."
     if method := find_method(name): return method.architecture
     if name == FOCUS_NAME: return _FOCUS_ARCHITECTURE
-    plain = re.sub(r"^(hf[-_]hub:)?timm/", "", name)
-    if timm.is_model(plain): return plain
-    known = [FOCUS_NAME, *METHODS, *timm.list_models(), *timm.list_pretrained()]
-    near = difflib.get_close_matches(plain, known, n=4, cutoff=0.5)
-    raise InputError(f"Unknown backbone {name!r}. Near matches: {', '.join(near) or 'none'}. Any ViT of timm works; "
+    plain = re.sub(r"^hf[-_]hub:", "", name)
+    plain = hub_equivalent(plain) or plain.removeprefix("timm/")
+    if timm.is_model(plain): return _with_known_tag(plain)
+    if Path(name).is_file():
+        raise InputError(f"{name} is a file: give the name of its architecture, and checkpoint={name!r}.")
+    raise InputError(f"Unknown backbone {name!r}. Near matches: {_near(plain)}. Any ViT of timm works; "
                      "list_backbones('*base*') lists them.")
+
+def _near(name:str)->str:
+    ours, near = [FOCUS_NAME, *METHODS, *timm.list_models(), *timm.list_pretrained()], []
+    if "/" in name: near = difflib.get_close_matches(name, HUB_NAMES, n=2)
+    near += difflib.get_close_matches(name.rpartition("/")[2].replace("-", "_"), ours, n=4 - len(near))
+    return ", ".join(near) or "none"
+
+def _with_known_tag(name:str)->str:
+    "Raise `InputError` for a tag, which says what a model was trained on, that timm does not know."
+    try: timm.get_pretrained_cfg(name)
+    except RuntimeError as e:
+        stem, _, tag = name.partition(".")
+        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{stem}.*")]
+        raise InputError(f"timm has {stem}, but none trained as {tag!r}; known are {', '.join(tags) or 'none'}.") from e
+    return name
 
 # %% ../../nbs/2_models/22_backbone.ipynb #7747ed52
 def list_backbones(
@@ -201,17 +218,20 @@ def list_backbones(
     return [name for name in names if fnmatch(name, pattern)]
 
 # %% ../../nbs/2_models/22_backbone.ipynb #3f1a8e77
-_TOKEN_VIT = ("patch_embed", "blocks", "embed_dim", "num_prefix_tokens", "forward_intermediates", "head_hidden_size",
-              "feature_info")
+_TOKEN_VIT = "blocks", "embed_dim", "num_prefix_tokens", "forward_intermediates", "head_hidden_size", "feature_info"
 
 def _lacks(vit:nn.Module)->str: # "" for a token ViT
     "What a model has not that a token ViT has."
     missing = [name for name in _TOKEN_VIT if not hasattr(vit, name)]
+    if not hasattr(vit, "patch_embed") and not _takes_any_size(vit): missing.insert(0, "patch_embed")
     if missing: return f"it lacks {', '.join(missing)}"
     options = inspect.signature(vit.forward_intermediates).parameters
     if "return_prefix_tokens" not in options: return "it lacks prefix tokens"
     widths = {(stage["num_chs"], stage["reduction"]) for stage in vit.feature_info}
     return "" if len(widths) == 1 else "its stages differ in width"
+
+def _takes_any_size(vit:nn.Module)->bool: # NaFlexViT, which resamples its positions in every forward pass
+    return hasattr(vit, "embeds")
 
 def _check_vit(vit:nn.Module, name:str):
     "Raise `InputError` for a model that is no token ViT."
@@ -231,7 +251,8 @@ def _image_size(image_size:int|tuple[int,int], patch:int, name:str)->tuple[int,i
 
 def _default_size(vit:nn.Module)->tuple[int,int]:
     "The size a backbone was built for."
-    return tuple(getattr(vit.patch_embed, "img_size", None) or vit.pretrained_cfg["input_size"][1:])
+    embed = getattr(vit, "patch_embed", None)
+    return tuple(getattr(embed, "img_size", None) or vit.pretrained_cfg["input_size"][1:])
 
 # %% ../../nbs/2_models/22_backbone.ipynb #ab584044
 def _square_side(count:int)->int: # 0 when count is no square
@@ -273,7 +294,7 @@ def _prefix_positions(vit:nn.Module)->int:
 # %% ../../nbs/2_models/22_backbone.ipynb #8b4c0d1f
 def _resize(vit:nn.Module, size:tuple[int,int], resampling:dict):
     "Bring a filled backbone to another size, its positions by the rule of their family; timm's, where it has none."
-    if _default_size(vit) == size: return
+    if _default_size(vit) == size or _takes_any_size(vit): return
     positions, grid = getattr(vit, "pos_embed", None), vit.patch_embed.grid_size
     vit.set_input_size(size)   # gives the backbone a new parameter; the old one stays as it was
     if resampling and positions is not None:
@@ -290,35 +311,52 @@ def _make_vit(
     arch:str,                   # timm's name
     size:tuple[int,int],        # height and width in pixels
     num_classes:int|None=None,  # None for the architecture's own
-    patch_mean:bool=False,      # pool patches, then norm
-    pretrained:bool=False       # with the weights timm publishes
+    pool:str|None=None,         # "avg": pool patches, then norm; "token": norm, then the class token; None for its own
+    **options                   # of timm.create_model
 )->nn.Module:
     "Build a timm model."
-    outline, options = _outline(arch), {}
-    if size != _default_size(outline): options["img_size"] = size
+    outline = _outline(arch)
+    if size != _default_size(outline) and not _takes_any_size(outline): options["img_size"] = size
     if num_classes is not None: options["num_classes"] = num_classes
-    if patch_mean and _head_reads_token(outline): options["global_pool"] = "avg"
-    return timm.create_model(arch, pretrained=pretrained, **options)
+    if pool is not None: options["global_pool"] = pool
+    return timm.create_model(arch, **options)
 
-def _head_reads_token(outline:nn.Module)->bool: # the norm comes before pooling
+def _norm_is_first(outline:nn.Module)->bool: # before pooling, as for a head that reads the class token
     return isinstance(getattr(outline, "fc_norm", None), nn.Identity)
 
+def _pool_of(state:StateDict, outline:nn.Module)->str|None: # None for the architecture's own way
+    "Where a file has its last norm says how its head pools; timm cannot move a norm later."
+    if _norm_is_first(outline) and "fc_norm.weight" in state: return "avg"
+    has_token = getattr(outline, "cls_token", None) is not None
+    norm_is_last = isinstance(getattr(outline, "norm", None), nn.Identity)
+    return "token" if has_token and norm_is_last and "norm.weight" in state else None
+
 # %% ../../nbs/2_models/22_backbone.ipynb #3bd1d4c0
+def _family_of(layout:str, method:Method|None, outline:nn.Module, name:str)->str:
+    "Whose rules hold for a file. Raises `InputError` when it does not belong to the method."
+    if layout == "mae" and not _norm_is_first(outline): layout = "timm"   # the architecture's own way, as BEiT's
+    family = {"torchvision": "swag"}.get(layout, layout)
+    if method and family == "timm": family = method.family
+    if method and family != method.family and (family, method.family) != ("google", "augreg"):
+        raise InputError(f"{name} has the layout of {layout} weights, but {method.key} is a backbone of the "
+                         f"{method.family} family; pass its file, or load this one under its timm name.")
+    return family
+
 def _read_vit_state(
     file:Path,
     outline:nn.Module,      # its architecture
     method:Method|None=None # of the release, when one was named
-)->tuple[StateDict, str]: # tensors in timm's layout, their family
+)->tuple[StateDict, str, list[str]]: # tensors in timm's layout, their family, what was left out
     "Read a backbone in any layout. Raises `InputError` when it does not belong to the method."
-    state = read_state_dict(file)
-    layout = layout_of(state)
-    if layout == "mae" and not _head_reads_token(outline): layout = "timm"   # the architecture's own way, as BEiT's
-    family = {"torchvision": "swag"}.get(layout, layout)
-    if method and family == "timm": family = method.family
-    if method and family != method.family and (family, method.family) != ("google", "augreg"):
-        raise InputError(f"{file.name} has the layout of {layout} weights, but {method.key} is a backbone of the "
-                         f"{method.family} family; pass its file, or load this one under its timm name.")
-    return to_timm(state), family
+    theirs = read_state_dict(file)
+    layout = layout_of(theirs)
+    family = _family_of(layout, method, outline, file.name)
+    state = timm_reads(theirs, outline, file.name) if layout in ("timm", "mae") else to_timm(theirs)
+    if any(k.startswith("visual.") for k in theirs):    # CLIP's projection
+        state = {k: v for k, v in state.items() if not k.startswith("head.")}
+    used, known = {v.data_ptr() for v in state.values()}, outline.state_dict()
+    rest = left_out([k for k, v in theirs.items() if v.data_ptr() not in used] + [k for k in state if k not in known])
+    return {k: v for k, v in state.items() if not any(k in names for names in rest.values())}, family, list(rest)
 
 # %% ../../nbs/2_models/22_backbone.ipynb #25a8b3fc
 def _leaves_head(name:str, known:int, wanted:int|None)->bool: # whether there is a head and it does not fit
@@ -328,27 +366,66 @@ def _leaves_head(name:str, known:int, wanted:int|None)->bool: # whether there is
                "be trained.")
     return True
 
+# %% ../../nbs/2_models/22_backbone.ipynb #c6f3b108
+def _some(names:list[str])->str: # for people
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+def _misfits(state:StateDict, own:StateDict)->list[str]: # what to say about each difference
+    "How weights differ from those that an architecture has."
+    missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
+    shared = [(k, state[k], own[k]) for k in own if k in state]
+    shapes = [f"{k} is {list(a.shape)} and not {list(b.shape)}" for k, a, b in shared if a.shape != b.shape]
+    whole = [k for k, a, b in shared if b.is_floating_point() and not a.is_floating_point()]
+    said = {"missing are": missing, "unknown are": unknown, "other shapes:": shapes, "whole numbers are in": whole}
+    return [f"{words} {_some(names)}" for words, names in said.items() if names]
+
+def _fill(vit:nn.Module, state:StateDict, arch:str, name:str):
+    "Fill a model strictly. Raises `InputError` for weights that are not its own."
+    if misfits := _misfits(state, vit.state_dict()):
+        raise InputError(f"The weights of {name} do not fit {arch}: {'; '.join(misfits)}.")
+    vit.load_state_dict(state)
+
+# %% ../../nbs/2_models/22_backbone.ipynb #8e24c7fa
+def _check_finite(state:StateDict, name:str):
+    "Raise `InputError` for weights with NaN or infinite numbers, which would make every score NaN."
+    broken = [k for k, v in state.items() if v.is_floating_point() and v.numel() and not _is_finite(v)]
+    if broken:
+        raise InputError(f"The weights of {name} are damaged: NaN or infinite numbers are in {_some(broken)}. "
+                         "Take the file of an earlier step of its training, or fetch it again.")
+
+def _is_finite(t:Tensor)->bool: # in one pass, without a copy
+    return all(bound.isfinite() for bound in t.aminmax())
+
 # %% ../../nbs/2_models/22_backbone.ipynb #151316f2
 def _vit_from_state(arch:str, state:StateDict, num_classes:int|None, size:tuple[int,int], name:str)->nn.Module:
     "Build the architecture a state needs, at its size, and fill it strictly. Raises `InputError` when they differ."
     head = state.get("head.weight")
-    if _leaves_head(name, 0 if head is None else len(head), num_classes):
-        state, head = {k: v for k, v in state.items() if not k.startswith(("head.", "head_dist."))}, None
-    vit = _make_vit(arch, size, 0 if head is None else len(head), patch_mean="fc_norm.weight" in state)
-    try: vit.load_state_dict(state, strict=True)
-    except RuntimeError as e:
-        raise InputError(f"The weights of {name} do not fit {arch}: {' '.join(str(e).split())[:400]}") from e
+    known = 0 if head is None else len(head)
+    if (num_classes != known and _projects(arch, known)) or _leaves_head(name, known, num_classes):
+        state, known = {k: v for k, v in state.items() if not k.startswith(("head.", "head_dist."))}, 0
+    vit = _make_vit(arch, size, known, _pool_of(state, _outline(arch)))
+    _fill(vit, state, arch, name)
     return vit
 
+def _projects(arch:str, known:int)->bool: # timm's name; outputs of a head
+    "Whether a head maps into a space shared with text."
+    stem, _, tag = arch.partition(".")
+    return known in (512, 640, 768, 896, 1024, 1152, 1280, 1536, 1664) and "ft_" not in tag and any(
+        word in stem for word in ("_clip_", "_pe_core_", "_mci_"))
+
 # %% ../../nbs/2_models/22_backbone.ipynb #2e36903d
-def _hub_vit(arch:str, size:tuple[int,int], num_classes:int|None, name:str)->nn.Module:
+def _hub_vit(arch:str, size:tuple[int,int], num_classes:int|None, name:str)->tuple[nn.Module, str]: # it, where from
     "A backbone with the weights timm has published for it. Raises `InputError` when they cannot be had."
-    published = timm.get_pretrained_cfg(arch)
-    if published is None:
+    published, _, revision = timm.get_pretrained_cfg(arch), *name.partition("@")[1:]
+    if published is None or not published.has_weights:
         raise InputError(f"timm has no published weights for {name}; pass checkpoint=, or pretrained=False for a "
                          "random backbone.")
-    headless = _leaves_head(name, published.num_classes, num_classes)
-    try: return _make_vit(arch, size, 0 if headless else None, pretrained=True)
+    source = f"{published.hf_hub_id}@{revision}" if revision else published.hf_hub_id or name
+    overlay = dict(pretrained_cfg_overlay=dict(hf_hub_id=source)) if revision else {}
+    projects = _projects(f"{published.architecture}.{published.tag}", published.num_classes)
+    headless = projects or _leaves_head(name, published.num_classes, num_classes)
+    classes = 0 if headless else None
+    try: return _make_vit(arch, size, classes, pretrained=True, **overlay), f"timm hub: {source}"
     except Exception as e:
         why = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:160]}"
         raise InputError(f"The weights of {name} could not be fetched ({why}). Connect to the Hugging Face hub once, "
@@ -362,7 +439,7 @@ def _weights_file(name:str, method:Method|None, checkpoint:str|Path|None, pretra
         return focus_file()
     if checkpoint: return Path(checkpoint)
     if not pretrained: return None
-    if name == FOCUS_NAME: return focus_weights()
+    if name.partition("@")[0] == FOCUS_NAME: return focus_weights()
     if method is None or method.family == "augreg": return None
     if method.address is None: raise InputError(how_to_make(method))
     return fetch(method.address, method.digest)
@@ -386,18 +463,57 @@ def _load_vit(
     native = (method.image_size,) * 2 if method else _default_size(outline)
     family = method.family if method else "timm"
     if file := _weights_file(name, method, checkpoint, pretrained):
-        state, family = _read_vit_state(file, outline, method)
-        native = _stored_size(state, outline, asked)
-        vit = _vit_from_state(arch, state, num_classes, native, file.name)
+        vit, source, family, native = _vit_of_file(file, arch, method, num_classes, asked)
     size = asked or ((224, 224) if name == FOCUS_NAME else native)
     if file:
         _resize(vit, size, FAMILIES[family].resampling)
-        return vit, file.name, family, size, native
-    if pretrained:
-        vit = _hub_vit(arch, size, num_classes, name)
-        return vit, f"timm hub: {timm.get_pretrained_cfg(arch).hf_hub_id or name}", family, size, native
-    if method: num_classes = num_classes or method.num_classes
-    return _make_vit(arch, size, num_classes, patch_mean=FAMILIES[family].patch_mean), "random", family, size, native
+    elif pretrained:
+        vit, source = _hub_vit(arch, size, num_classes, name)
+    else:
+        own = method.num_classes if method else 0 if _projects(arch, outline.num_classes) else None
+        classes = own if num_classes is None else num_classes
+        vit, source = _make_vit(arch, size, classes, "avg" if FAMILIES[family].patch_mean else None), "random"
+    return vit, source, family, size, native
+
+def _vit_of_file(
+    file:Path, arch:str, method:Method|None, num_classes:int|None, asked:tuple[int,int]|None
+)->tuple[nn.Module, str, str, tuple[int,int]]:
+    "A model with a file's weights, at the size it was stored for; with it come source, family and that size."
+    outline = _outline(arch)
+    state, family, rest = _read_vit_state(file, outline, method)
+    native = _stored_size(state, outline, asked)
+    vit = _vit_from_state(arch, state, num_classes, native, file.name)
+    return vit, file.name + (f" (without its {', '.join(rest)})" if rest else ""), family, native
+
+# %% ../../nbs/2_models/22_backbone.ipynb #d7418b0c
+_PROBED = set()   # what this process has seen running
+
+def _probe_once(backbone:Backbone):
+    "Raise `InputError` as `_probe` does, the first time that a process loads a backbone of this name and these sizes."
+    key = backbone.name, backbone.image_size, backbone.num_classes, backbone.num_features
+    if key not in _PROBED: _probe(backbone)
+    _PROBED.add(key)
+
+def _probe(backbone:Backbone):
+    "Raise `InputError` for a backbone whose forward pass fails or gives other shapes than it says."
+    tensors = [*backbone.named_parameters(), *backbone.named_buffers()]
+    tensors = {k: torch.empty_like(v, device="meta") for k, v in tensors}
+    try:
+        with torch.device("meta"):
+            images = torch.empty(1, 3, *backbone.image_size)
+            out = functional_call(backbone, tensors, (images, backbone.depth))
+            first = functional_call(backbone, tensors, (images, 1, False))
+    except Exception as e:
+        why = (str(e).strip().splitlines() or [""])[0][:160]
+        raise InputError(f"{backbone.name} loads, but its forward pass fails ({type(e).__name__}: {why}); "
+                         "it cannot be a backbone.") from e
+    tokens = (1, backbone.num_prefix + math.prod(backbone.grid), backbone.dim)
+    scores = (1, backbone.num_classes) if backbone.num_classes else None
+    found = (first.tokens.shape, out.tokens.shape, out.visual_features.shape, getattr(out.visual_logits, "shape", None))
+    if found != (tokens, tokens, (1, backbone.num_features), scores):
+        raise InputError(f"{backbone.name} gives tokens of {list(out.tokens.shape)}, features of "
+                         f"{list(out.visual_features.shape)}: a backbone has one token for each of its patches, "
+                         f"{list(tokens)}, and {backbone.num_features} features.")
 
 # %% ../../nbs/2_models/22_backbone.ipynb #b66ac1b1
 def load_backbone(
@@ -409,17 +525,23 @@ def load_backbone(
     alpha_background:str="white"              # of transparent images; see `llb.data.images.parse_colour`
 )->Backbone:
     "Load a frozen backbone. Raises `InputError` for an unknown name, missing or wrong weights, an impossible size."
-    method, arch = find_method(name), architecture(name)
-    name = method.key if method else name if name == FOCUS_NAME else arch
+    stem, at, revision = name.partition("@")
+    method, arch = find_method(stem), architecture(stem)
+    if at and (checkpoint or not pretrained or not revision):
+        raise InputError(f"{name} names a revision, @{revision}, of weights on timm's hub; leave it out for others.")
+    name = (method.key if method else stem if stem == FOCUS_NAME else arch) + at + revision
     _check_vit(_outline(arch), name)
     vit, source, family, size, native = _load_vit(name, arch, method, checkpoint, num_classes, image_size, pretrained)
+    if source != "random": _check_finite(vit.state_dict(), name)
     if size != native and source != "random" and getattr(vit, "pos_embed", None) is not None:
         source += (f" (positions resampled from {native[0]} x {native[1]} to {size[0]} x {size[1]} pixels: "
                    f"{FAMILIES[family].rule})")
     spec = dict(name=name, checkpoint=checkpoint and str(checkpoint), num_classes=num_classes, image_size=list(size),
                 pretrained=pretrained, alpha_background=alpha_background)
-    preprocessing = _preprocessing(family, size, vit.pretrained_cfg)
-    return Backbone(vit, spec, source, replace(preprocessing, background=parse_colour(alpha_background)))
+    preprocessing = replace(_preprocessing(family, size, vit.pretrained_cfg), background=parse_colour(alpha_background))
+    backbone = Backbone(vit, spec, source, preprocessing)
+    _probe_once(backbone)
+    return backbone
 
 # %% ../../nbs/2_models/22_backbone.ipynb #244de121
 _PLAIN_PARTS = "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "head.weight"
@@ -434,6 +556,8 @@ def _plain_options(
         raise InputError(f"{name} holds no plain ViT: {', '.join(missing)} missing.")
     positions, kernel, hidden, head = (state[k] for k in _PLAIN_PARTS)
     dim, patch, side = positions.shape[2], kernel.shape[-1], _square_side(positions.shape[1] - 1)
+    if kernel.shape[-2] != patch:
+        raise InputError(f"{name} has patches of {kernel.shape[-2]} x {patch} pixels, which are no squares.")
     if not side: raise InputError(f"{name} holds {positions.shape[1] - 1} patch positions, which are no square.")
     if dim % num_heads:
         raise InputError(f"num_heads is {num_heads}, but {name} is {dim} wide; it must be a divisor of that.")
@@ -452,7 +576,7 @@ def backbone_from_state(
     "Build a backbone whose sizes are all read off its weights. Raises `InputError` when these are no plain ViT."
     options = _plain_options(state, num_heads, name)
     vit = VisionTransformer(**options).to(state["pos_embed"].dtype)
-    try: vit.load_state_dict(state, strict=True)
-    except RuntimeError as e: raise InputError(f"{name} holds no plain ViT: {' '.join(str(e).split())[:400]}") from e
+    _fill(vit, state, "a plain ViT", name)
+    _check_finite(state, name)
     spec = dict(num_heads=num_heads, family=family, name=name)
     return Backbone(vit, spec, name, _preprocessing(family, options["img_size"], {}))

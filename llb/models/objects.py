@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['Part', 'COMPACT', 'CHUNK', 'at_least_float32', 'without_autocast', 'SoftmaxAssigner', 'ObjectTable', 'entropy',
-           'Decoupling', 'LatentObjects']
+           'Decoupling', 'LatentObjects', 'HardAssigner', 'GeluScores', 'set_centres', 'match_temperature',
+           'mean_patches', 'PermutedTable', 'MeanTable', 'UniformAssigner', 'BorrowedAssignments', 'replaced']
 
 # %% ../../nbs/2_models/23_objects.ipynb #41758405
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
-from torch.nn.functional import softmax
+from torch.nn.functional import gelu, linear, one_hot, softmax
 from torch.utils.checkpoint import checkpoint
 
 from ..core.errors import InputError
@@ -149,3 +151,112 @@ class LatentObjects(Decoupling):
         "Assign and decouple."
         assignments = self.assigner(patches)
         return assignments.to(patches.dtype) @ self.embeddings, assignments
+
+# %% ../../nbs/2_models/23_objects.ipynb #d344b05a
+class HardAssigner(SoftmaxAssigner):
+    "Exactly one object for each patch; the gradient is that of the softmax."
+    def forward(self, patches:Tensor)->Tensor: # [B,N,D] -> [B,N,K], rows with a single 1
+        soft = super().forward(patches)
+        hard = one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
+        return hard + soft - soft.detach()
+
+class GeluScores(SoftmaxAssigner):
+    "A hidden layer of the same shape in place of assignments: no choice among objects, no temperature."
+    def forward(self, patches:Tensor)->Tensor: # [B,N,D] -> [B,N,K], any numbers
+        with without_autocast(patches): return gelu(linear(at_least_float32(patches), self.weight, self.bias))
+
+# %% ../../nbs/2_models/23_objects.ipynb #79f19129
+@torch.no_grad()
+def set_centres(
+    assigner:SoftmaxAssigner,
+    centres:Tensor   # [K,D], of k-means on patches
+):
+    "Make an assigner that of k-means. Raises `InputError` for centres of another shape."
+    _check_shape("clustering", centres, tuple(assigner.weight.shape))
+    assigner.weight.copy_(centres)
+    assigner.bias.copy_(-centres.square().sum(-1) / 2)
+
+@torch.no_grad()
+def match_temperature(
+    assigner:SoftmaxAssigner,
+    patches:Tensor,  # [B,N,D]
+    target:float     # nats, above 0 and below ln K
+)->float: # the temperature, which the assigner has from now on
+    "Choose the temperature so that `mean H(a)` is the target: by bisection, as it only rises with the temperature."
+    low, high = -20., 20.   # of its logarithm
+    for _ in range(60):
+        assigner.temperature = math.exp((low + high) / 2)
+        if entropy(assigner(patches)).mean() < target: low = math.log(assigner.temperature)
+        else: high = math.log(assigner.temperature)
+    return assigner.temperature
+
+@torch.no_grad()
+def mean_patches(
+    parts:Iterable[tuple[Tensor, Tensor]] # assignments [B,N,K] and patches [B,N,D] of some images
+)->Tensor: # [K,D]; 0 for an object that no patch has
+    "The mean patch of each object, weighted by assignment: a visual codebook, where LLB has independent embeddings."
+    sums = weights = 0
+    for assignments, patches in parts:
+        flat, patches = assignments.flatten(0, 1), at_least_float32(patches).flatten(0, 1)
+        sums, weights = sums + flat.T @ patches, weights + flat.sum(0)
+    return sums / weights.clamp_min(torch.finfo(weights.dtype).tiny)[:, None]
+
+# %% ../../nbs/2_models/23_objects.ipynb #940fecab
+class PermutedTable(nn.Module):
+    "The embeddings of a table, in another order."
+    def __init__(self, embedding:Callable[[], Tensor], seed:int=0):
+        super().__init__()
+        self.weight = embedding().detach()
+        self.weight = self.weight[torch.randperm(len(self.weight), generator=torch.Generator().manual_seed(seed))]
+
+    def forward(self)->Tensor: # [K,D]
+        return self.weight
+
+class MeanTable(nn.Module):
+    "The mean embedding for every object, weighted by how much each is used."
+    def __init__(self,
+        embedding:Callable[[], Tensor],
+        usage:Tensor   # [K], any scale
+    ):
+        super().__init__()
+        rows = embedding().detach()
+        self.weight = (usage.to(rows) @ rows / usage.sum()).expand_as(rows)
+
+    def forward(self)->Tensor: # [K,D]
+        return self.weight
+
+class UniformAssigner(nn.Module):
+    "Every patch is all objects alike."
+    def __init__(self, num_objects:int):
+        super().__init__()
+        self.num_objects = num_objects
+
+    def forward(self, patches:Tensor)->Tensor: # [B,N,D] -> [B,N,K]
+        each = torch.full_like(at_least_float32(patches)[..., :1], 1 / self.num_objects)
+        return each.expand(-1, -1, self.num_objects)
+
+class BorrowedAssignments(nn.Module):
+    "Assignments of images drawn at random from others: place by place those of another image."
+    def __init__(self,
+        others:Tensor, # [n,N,K]
+        seed:int=0
+    ):
+        super().__init__()
+        self.others, self.draw = others, torch.Generator().manual_seed(seed)
+
+    def forward(self, patches:Tensor)->Tensor: # [B,N,D] -> [B,N,K]
+        which = torch.randint(len(self.others), (len(patches),), generator=self.draw)
+        return self.others[which.to(self.others.device)]
+
+# %% ../../nbs/2_models/23_objects.ipynb #1f50df3a
+@contextmanager
+def replaced(
+    objects:LatentObjects,          # of a trained model: `model.branch.objects`
+    assigner:nn.Module|None=None,   # None for its own
+    embedding:nn.Module|None=None   # None for its own
+)->Iterator[LatentObjects]:
+    "Latent objects with another part, as long as the context lasts."
+    own = objects.assigner, objects.embedding
+    objects.assigner, objects.embedding = assigner or own[0], embedding or own[1]
+    try: yield objects
+    finally: objects.assigner, objects.embedding = own

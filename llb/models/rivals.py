@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'ProbeHead', 'LinearProbe', 'EfficientProbe', 'AttentionPool', 'LayerFusion', 'QueryBlock', 'AttentiveProbe',
-           'VisualTransformer', 'FittedHead', 'NearestNeighbours', 'LogisticRegression', 'make_head_model', 'head_name']
+           'VisualTransformer', 'FittedHead', 'NearestNeighbours', 'LogisticRegression', 'BagOfObjects',
+           'bag_of_objects', 'make_head_model', 'head_name']
 
 # %% ../../nbs/2_models/29_rivals.ipynb #7c453217
 import math, warnings
@@ -209,8 +210,12 @@ class FittedHead(Head):
     def scores(self, features:Tensor)->Tensor: # [B,F] -> [B,C]
         raise NotImplementedError
 
+    def describe(self, features:BackboneOutput)->Tensor: # [B,F]
+        "What it is fitted to."
+        return at_least_float32(features.visual_features)
+
     def forward(self, features:BackboneOutput)->HeadOutput:
-        logits = self.scores(at_least_float32(features.visual_features))
+        logits = self.scores(self.describe(features))
         return HeadOutput(features.visual_logits if self.own_scores else None, logits, alpha=self.alpha)
 
     def _load_from_state_dict(self, state:dict, prefix:str, *more):
@@ -268,9 +273,9 @@ class NearestNeighbours(FittedHead):
 class LogisticRegression(FittedHead):
     "L2-penalised logistic regression of the visual features; the penalty is chosen by NLL. `F C + C` parameters."
     PENALTIES = tuple(float(10**x) for x in np.linspace(-6, 5, 45))   # scikit-learn's C: 1 / strength
-    def __init__(self, backbone:Backbone, num_classes:int):
+    def __init__(self, backbone:Backbone, num_classes:int, width:int|None=None): # None for the visual features
         super().__init__(backbone, num_classes)
-        self.classifier = nn.Linear(backbone.num_features, num_classes).requires_grad_(False)
+        self.classifier = nn.Linear(width or backbone.num_features, num_classes).requires_grad_(False)
 
     def fit(self, features:Tensor, labels:Tensor, inner:Tensor, inner_labels:Tensor)->dict:
         "See `FittedHead.fit`. Raises `InputError` for a class without a training image."
@@ -296,6 +301,32 @@ class LogisticRegression(FittedHead):
 
     def scores(self, features:Tensor)->Tensor: # [B,C]
         return self.classifier(features)
+
+# %% ../../nbs/2_models/29_rivals.ipynb #0249ebeb
+class BagOfObjects(LogisticRegression):
+    "Logistic regression of an image's mean assignment: `K C + C` fitted numbers behind a frozen LLB."
+    reads = ()
+    def __init__(self,
+        backbone:Backbone,
+        num_classes:int, # C
+        **options        # of the `LabelBranch` whose objects are counted
+    ):
+        super().__init__(backbone, num_classes, options["num_objects"])
+        self.llb = make_branch(backbone, num_classes, **options).requires_grad_(False)
+
+    def describe(self, features:BackboneOutput)->Tensor: # [B,K]
+        return self.llb.mean_assignments(features)
+
+def bag_of_objects(
+    llb:LLB # trained
+)->HeadModel: # not yet fitted; `Trainer` does it
+    "A model that counts objects. Raises `InputError` for an LLB with parts that are not its own."
+    if llb.parts: raise InputError(f"Objects are counted by LLB's own parts; this model has another {min(llb.parts)}.")
+    names = "num_objects", "num_layers", "temperature", "visual_block"
+    options = {name: llb.settings[name] for name in names if name in llb.settings}
+    model = HeadModel(llb.backbone, BagOfObjects, llb.settings["num_classes"], llb.target_layer, options=options)
+    model.branch.llb.load_state_dict(llb.branch.state_dict())
+    return model
 
 # %% ../../nbs/2_models/29_rivals.ipynb #86b1b481
 HEADS: dict[str, Callable] = {   # name: what makes the head from (backbone, num_classes, **options)

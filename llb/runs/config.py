@@ -317,6 +317,18 @@ def recipe_file(name:str)->Path:
     names = sorted(p.stem for p in RECIPES.glob("*.toml"))
     raise InputError(f"There is no recipe {name!r}; there are {', '.join(names)}.")
 
+def _parse_flags(flags:list[str], prog:str, default:Config|None)->Config:
+    "The command line, on top of some values."
+    about = ("Train LLB on a frozen backbone. --recipe NAME or --config FILE (TOML, or a run's config.json) "
+             "sets all values first.")
+    return tyro.cli(tyro.conf.OmitArgPrefixes[Config], args=flags, prog=prog, description=about, use_underscores=True,
+                    default=default)
+
+def _to_evaluate(record:Path, config:Config)->Config:
+    "The configuration of a finished run, for `--eval` to score it by; flags change it, and must not contradict it."
+    mine = dict(save_dir=config.run.save_dir, name=config.run_folder.name, device=config.run.device)
+    return Config.from_file(record).but(nv_weights=None, resume=False, overwrite=False, save_every=0, **mine)
+
 def parse_command(
     argv:list[str],          # the words after the command
     prog:str="llb train"     # for the usage line
@@ -330,7 +342,7 @@ def parse_command(
     flags, base = translate(flags), start.recipe or start.config
     names = [word[2:].split("=")[0].replace("-", "_") for word in flags if word.startswith("--")]
     refuse_unknown([name.removeprefix("no_") for name in names if name != "help"], _OWNERS, "flags", "--")
-    about = ("Train LLB on a frozen backbone. --recipe NAME or --config FILE (TOML, or a run's config.json) "
-             "sets all values first.")
-    return tyro.cli(tyro.conf.OmitArgPrefixes[Config], args=flags, prog=prog, description=about, use_underscores=True,
-                    default=Config.from_file(base) if base else None)
+    config = _parse_flags(flags, prog, Config.from_file(base) if base else None)
+    record = config.run_folder / "config.json"
+    evaluated = config.run.eval and not base and not config.model.nv_weights and record.is_file()
+    return _parse_flags(flags, prog, _to_evaluate(record, config)) if evaluated else config

@@ -28,6 +28,7 @@ from .config import Config, RESUME_FREE
 from .loggers import make_loggers, numbers
 
 # %% ../../nbs/3_runs/36_folder.ipynb #b8e90c75
+_FILES = ("config.json", "events.jsonl", "metrics.json", "predictions.safetensors")   # a run has one of the first two
 LAUNCH = "launch"  # the launcher's own folder in a run folder; it is there before the run
 
 def check_folder(
@@ -37,14 +38,18 @@ def check_folder(
 )->list[Path]: # what is in it
     "Raises `InputError` for a run folder that exists, unless told what to do with it, or a missing one to resume."
     held = [p for p in folder.iterdir() if p.name not in (LAUNCH, "stop")] if folder.is_dir() else []
-    if resume and not held:
+    is_run = any((folder / name).exists() for name in _FILES[:2])
+    if resume and not is_run:
         raise InputError(f"There is no run to resume in {str(folder)!r}; start it without --resume.")
     if held and not resume and not overwrite:
         raise InputError(f"The run folder {str(folder)!r} exists; add --resume to go on with it, "
                          "--overwrite to replace it, or another --name.")
-    if overwrite and held and not any((folder / name).exists() for name in ("config.json", "events.jsonl")):
+    if overwrite and held and not is_run:
         raise InputError(f"{str(folder)!r} is not empty and holds no run (no config.json): it is not deleted; "
                          "choose another --name.")
+    for name in _FILES:
+        if resume and (folder / name).is_dir():
+            raise InputError(f"{str(folder / name)!r} is a folder, but a run keeps a file there; move it away.")
     return held
 
 # %% ../../nbs/3_runs/36_folder.ipynb #1a7f0c01
@@ -98,14 +103,18 @@ class EventLog:
         self._file = None
 
 # %% ../../nbs/3_runs/36_folder.ipynb #1a7f0c03
-_NEEDED = {**dict.fromkeys(("start", "resume", "refit"), ("per_epoch", "epochs")), "end": ("reason",)}
+def _is_event(found)->bool:
+    "Whether it has what readers rely on: kind, time and step; counts above 0 where a run begins, a reason at its end."
+    if not isinstance(found, dict) or not isinstance(found.get("kind"), str): return False
+    if not all(isinstance(found.get(name), (int, float)) for name in ("time", "step")): return False
+    if found["kind"] == "end": return isinstance(found.get("reason"), str)
+    if found["kind"] not in ("start", "resume", "refit"): return True
+    return all(isinstance(found.get(name), int) and found[name] > 0 for name in ("per_epoch", "epochs"))
 
 def _event(line:bytes)->dict|None: # None for what is none
-    try: event = json.loads(line)
+    try: found = json.loads(line)
     except ValueError: return None
-    if not isinstance(event, dict) or not isinstance(event.get("kind"), str): return None
-    numbers = all(isinstance(event.get(name), (int, float)) for name in ("time", "step"))
-    return event if numbers and all(name in event for name in _NEEDED.get(event["kind"], ())) else None
+    return found if _is_event(found) else None
 
 def tail_events(
     folder:Path,   # a run folder
@@ -186,6 +195,19 @@ def check_resumable(
     if saved["fingerprint"] != about_data["splits"]["train"]["fingerprint"]:
         print_main("Note: some training images have changed since the run was started.")
 
+# %% ../../nbs/3_runs/36_folder.ipynb #5c3571ae
+_STATE = ("step", "history", "best", "terms", "branch", "optimizer", "global_batch", "config", "classes", "images",
+          "fingerprint", "backbone")   # what a run needs to go on
+
+def _check_state(saved:dict, folder:Path, epochs:int):
+    "Raise `InputError` for a checkpoint of another version, or one that has more epochs behind it than are wanted."
+    if lacking := [name for name in _STATE if name not in saved]:
+        raise InputError(f"The newest checkpoint in {folder} has no {', '.join(lacking)}: another version of llb wrote "
+                         "it. Resume with that one, or start again with --overwrite.")
+    if epochs < (done := len(saved["history"])):
+        raise InputError(f"epochs is {epochs}, but the run in {folder} has {done} epochs behind it; resume it with "
+                         f"--epochs {done} or more.")
+
 # %% ../../nbs/3_runs/36_folder.ipynb #292a0b9e
 class _Checkpoints:
     "Saves and restores the state of a run, in its folder."
@@ -199,8 +221,13 @@ class _Checkpoints:
         if self.config.run.save: run_on_main(write)
 
     def restore(self)->dict|None:
-        "The newest whole checkpoint, when the run is to be resumed."
-        return load_newest(self.folder / "checkpoints") if self.config.run.resume else None
+        """The newest whole checkpoint, when the run is to be resumed; without one it begins again, which is said.
+        Raises `InputError` when another version wrote it, or the run is past its last epoch."""
+        if not self.config.run.resume: return None
+        saved = load_newest(self.folder / "checkpoints")
+        if saved is None: print_main(f"Note: there is no checkpoint in {self.folder}; the run begins again at step 0.")
+        else: _check_state(saved, self.folder, self.config.optim.epochs)
+        return saved
 
 # %% ../../nbs/3_runs/36_folder.ipynb #1a7f0c09
 class RunWriter(_Checkpoints):
@@ -269,6 +296,15 @@ class _EventReader:
         "What is known of each epoch: its mean loss terms, and the scores of the selection split."
         return self.events("epoch")
 
+# %% ../../nbs/3_runs/36_folder.ipynb #43921909
+def _are_metrics(found:dict)->bool:
+    "Whether there is a prediction, each one has its numbers, a fused one its alpha, and it is said what was scored."
+    named = [found[name] for name in ("visual", "label", "fused") if name in found]
+    numbers = [part.get(name) for part in named if isinstance(part, dict) for name in ("top1", "nll", "brier", "ece")]
+    places = [("seen", "scored"), *([("alpha", "value")] if "fused" in found else [])]
+    numbers += [found[part].get(name) if isinstance(found.get(part), dict) else None for part, name in places]
+    return bool(named) and all(isinstance(n, (int, float)) for n in numbers) and all(isinstance(p, dict) for p in named)
+
 # %% ../../nbs/3_runs/36_folder.ipynb #1a7f0d06
 class _RecordReader(_EventReader):
     "Reads what a run has written down about itself."
@@ -292,8 +328,11 @@ class _RecordReader(_EventReader):
 
     @property
     def metrics(self)->dict: # {} until the run is done
-        "metrics.json. Raises `InputError` when it is damaged."
-        return read_object(self.folder / "metrics.json")
+        "metrics.json. Raises `InputError` when it is damaged, or holds no numbers of a prediction."
+        found = read_object(self.folder / "metrics.json")
+        if found and not _are_metrics(found):
+            raise InputError(f"'{self.folder / 'metrics.json'}' is damaged: it lacks numbers that a run writes.")
+        return found
 
 # %% ../../nbs/3_runs/36_folder.ipynb #1a7f0c0d
 class RunReader(_RecordReader):

@@ -72,7 +72,8 @@ class Torchrun:
         nproc:int|None=None # processes; None for one per GPU, or one without GPUs
     ):
         self.nproc = max(1, torch.cuda.device_count()) if nproc is None else nproc
-        if self.nproc < 1: raise InputError(f"nproc is {nproc}, but at least one process is needed.")
+        if not isinstance(self.nproc, int) or self.nproc < 1:
+            raise InputError(f"nproc is {nproc!r}, but it must be a whole number of at least 1.")
 
     def start(self, folder:Path, launch:Path)->dict: # launch info
         "Start `launch/config.json`."
@@ -109,6 +110,12 @@ def _one_line(name:str, text:str)->str:
                          "or control characters there.")
     return text
 
+def _option(line:str)->str:
+    "Raises `InputError` for what is no option of sbatch."
+    if not line.startswith("-"):
+        raise InputError(f"line is {line!r}, but it must be an option of sbatch, such as --partition=long.")
+    return _one_line("line", line)
+
 def _fill(template:Path, **values)->str:
     "A script from its template; `| quote` makes a value one word of the shell."
     env = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)   # no HTML
@@ -136,7 +143,7 @@ class _JobScript:
         "The job script of a start."
         _one_line("the run folder", str(folder))
         values = {**vars(self), "name": re.sub(r"[^\w.-]", "_", folder.name), "warn_seconds": 60 * self.warn_minutes,
-                  "lines": [_one_line("line", line) for line in self.lines], "run": folder, "launch": launch,
+                  "lines": [_option(line) for line in self.lines], "run": folder, "launch": launch,
                   "python": sys.executable, "stopped": STOPPED}
         return _fill(_TEMPLATE, **values)
 
@@ -169,6 +176,7 @@ LAUNCHERS = {"torchrun": Torchrun, "slurm": Slurm}
 def is_launch_info(found:dict)->bool:
     "Whether a launcher wrote this: process ids are numbers, and a job is no option of scancel."
     if not isinstance(found.get("nproc"), int) or not isinstance(found.get("host"), str): return False
+    if not isinstance(found.get("began", 0), (int, float)): return False
     if found.get("launcher") == "slurm": return re.fullmatch(r"\d+", str(found.get("job"))) is not None
     mark, agent = found.get("mark"), found.get("agent")
     return found.get("launcher") == "torchrun" and isinstance(mark, str) and isinstance(agent, int)

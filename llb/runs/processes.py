@@ -244,7 +244,10 @@ class Run(_RunWatcher):
         grace:float=60,  # seconds to finish a step and save, before signals are sent
         wait:bool=True   # False returns at once; a thread goes on
     )->RunState:
-        "Stop the run: it finishes its step and saves; if it does not, it is told to finish, then killed."
+        """Stop the run: it finishes its step and saves; if it does not, it is told to finish, then killed.
+        Raises `InputError` for a grace that is none."""
+        if not 0 <= grace < float("inf"):
+            raise InputError(f"grace is {grace}, but it must be a finite number of seconds, 0 or more.")
         if not self.alive: return self.state
         self._ask(0)
         if wait: self._escalate(grace)

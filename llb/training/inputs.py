@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['images_of', 'features_of', 'reads_of', 'scoring_dataset', 'scoring_loader', 'forward_images', 'augmented_dataset',
-           'read_visual_features', 'Inputs']
+           'read_features', 'Inputs']
 
 # %% ../../nbs/4_training/41_inputs.ipynb #73b5bdf1
 import torch
@@ -122,18 +122,18 @@ def augmented_dataset(
 
 # %% ../../nbs/4_training/41_inputs.ipynb #29426bd9
 @torch.no_grad()
-def read_visual_features(
-    model:HeadModel,
+def read_features(
+    model:HeadModel,    # its head a `FittedHead`
     loader:DataLoader,  # this process's fraction of the images, over `EvalBatches`
     runtime:Runtime,
     desc:str="features" # for the progress bar
 )->tuple[torch.Tensor, torch.Tensor]: # features [n,F] in float32 and labels [n], of all processes, in order
-    "What the backbone sees in each image. Raises `UnreadableImage` on all processes when one meets such an image."
+    "What a fitted head reads of each image. Raises `UnreadableImage` on all processes when one meets such an image."
     parts = []
     model.eval()
     with raise_everywhere():
         for batch in progress(loader, desc=desc):
-            with runtime.autocast(): seen = features_of(model, batch, runtime).visual_features.float().cpu()
+            with runtime.autocast(): seen = model.branch.describe(features_of(model, batch, runtime)).float().cpu()
             parts.append((batch["index"], batch["label"], seen))
     parts = [part for theirs in gather_objects(parts) for part in theirs]
     index, labels, features = (torch.cat(values) for values in zip(*parts))

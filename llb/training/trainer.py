@@ -35,7 +35,7 @@ from ..runs.config import (Config, DataConfig, ModelConfig, OptimConfig, options
                              VisualConfig)
 from ..runs.folder import check_resumable, describe_data, RunWriter
 from .evaluate import format_table, reported_weights, report_metrics, save_predictions, score_model
-from .inputs import features_of, Inputs, read_visual_features
+from .inputs import features_of, Inputs, read_features
 from .metrics import ALPHAS, choose_alpha, measure, Scores
 from .step import FitStep, TrainStep
 
@@ -492,7 +492,7 @@ class _Fitting(_Ending):
         "Train an epoch, or fit the head."
         if not self.fitted: return self.train_epoch()
         timer, steps = EpochTimer(0), self.batches.per_epoch
-        train, inner = (read_visual_features(self.model, self.inputs.evaluation(split), self.runtime, split)
+        train, inner = (read_features(self.model, self.inputs.evaluation(split), self.runtime, split)
                         for split in ("train", "selection"))
         chosen = self.model.branch.fit(*train, *inner)
         self.state.step = steps
