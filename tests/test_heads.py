@@ -14,7 +14,9 @@ from llb.data.splits import load_data
 from llb.models.backbone import BackboneOutput, load_backbone
 from llb.models.heads import HeadModel
 from llb.models.llb import make_branch
-from llb.models.rivals import HEADS, AttentionPool, EfficientProbe, FittedHead, head_name, make_head_model
+from llb.models.loss import LLBLoss
+from llb.models.rivals import (AttentionPool, CONTROLS, control_name, EfficientProbe, FittedHead, head_name, HEADS,
+                               make_head_model)
 from llb.runs.build import make_backbone, make_model
 from llb.runs.config import FITTED, NEEDS, Config, ModelConfig, options_of_head, parse_command
 from llb.runs.cost import config_cost, preview
@@ -22,7 +24,8 @@ from llb.runs.folder import RunReader
 from llb.train import train
 from llb.training.evaluate import evaluate
 from llb.training.inputs import features_of, scoring_loader
-from llb.training.trainer import Trainer
+from llb.training.step import make_loss
+from llb.training.trainer import complete_config, Trainer
 
 SMALL = dict(num_objects=6, num_layers=2, target_layer=3)
 RUN = dict(backbone="test_vit", random_backbone=True, image_size=32, dataset="ImageFolder", batch_size=12, workers=0)
@@ -149,6 +152,24 @@ def test_a_head_somebody_wrote_is_not_made_by_the_command():
     with pytest.raises(InputError, match="somebody wrote"): make_model(ModelConfig(head="own"), None, 3)
 
 
+@pytest.mark.parametrize("control", [name for name in CONTROLS if name != "none"])
+def test_a_control_is_trained_by_flags_and_read_back(control, images, tmp_path):
+    config = config_of("llb", data_dir=images, save_dir=tmp_path, augment="none", control=control)
+    assert control in config.run_folder.name
+    metrics = train(config)
+    model = RunReader(config.run_folder).load_model()
+    assert control_name(model) == control and evaluate(model, load_data(images)).metrics["label"] == metrics["label"]
+    assert isinstance(make_loss(model, config.optim), LLBLoss) == (control != "gelu")
+    assert complete_config(None, model, load_data(images)).model.control == control
+
+
+def test_mutual_information_is_a_flag():
+    config = config_of("llb", undecided_weight=.5)
+    model = make_model(config.model, make_backbone(config.model, 3), 3)
+    assert make_loss(model, config.optim).weights == {"entropy": -.5, "visual_cross_entropy": 1., "undecided": .5}
+    with pytest.raises(InputError, match="no effect"): Config.of(control="gelu", undecided_weight=.5)
+
+
 # What they read
 
 @pytest.mark.parametrize("name", HEADS)
@@ -187,8 +208,9 @@ def test_a_rival_is_trained_scored_saved_and_read_back(head, images, tmp_path):
     assert train(config.but(eval=True))["label"]["top1"] == metrics["label"]["top1"]
     assert train(config.but(resume=True))["label"] == metrics["label"]
     assert ("fit" in metrics) == (head in FITTED) and (tmp_path / "run" / "checkpoints").is_dir()
-    from llb.apps.report import write_report
+    from llb.apps.report import write_figures, write_report
     with pytest.raises(InputError, match="no latent objects"): write_report(run)
+    with pytest.raises(InputError, match="no latent objects"): write_figures(run)
 
 
 def test_a_saved_head_is_read_by_a_program_that_knows_nothing_of_it(tmp_path):

@@ -63,10 +63,11 @@ def test_nothing_can_be_chosen_where_no_image_is_held_out(values, missing):
 
 NOT_DEFAULT = {  # a right value for options whose default says nothing about others
     "alpha": .3, "nv_weights": "x", "backbone_dtype": "bfloat16", "auto_augment": "", "t_max": 3., "milestones": (3.,),
-    "drop_path": .1, "lr_min": 5e-5, "head": "vt", "warmup_epochs": 1., "opt": "Adam", "lr_scheduler": "none"}
+    "drop_path": .1, "lr_min": 5e-5, "head": "vt", "control": "hard", "undecided_weight": .1,
+    "warmup_epochs": 1., "opt": "Adam", "lr_scheduler": "none"}
 MET = {"above 0": .1}
-UNMET = {"objective": {"llb": "visual", "visual": "llb"}, "head": {"llb": "knn"}, "opt": {"SGD": "Adam"},
-         "augment": {"randaugment": "none"},
+UNMET = {"objective": {"llb": "visual", "visual": "llb"}, "head": {"llb": "knn"}, "control": {"none": "gelu"},
+         "opt": {"SGD": "Adam"}, "augment": {"randaugment": "none"},
          "lr_scheduler": dict.fromkeys(["CosineAnnealingLR", "StepLR", "MultiStepLR", "ExponentialLR"], "none"),
          "checkpoint": {None: "w.pth"}, "diversity_weight": {"above 0": 0.}, "weight_decay": {"above 0": 0.}}
 

@@ -12,7 +12,7 @@ import torch
 from conftest import make_images
 from PIL import Image
 
-from llb.apps.predict import main
+from llb.cli import predict as main
 from llb.core.console import columns_of
 from llb.core.errors import InputError
 from llb.models.backbone import load_backbone

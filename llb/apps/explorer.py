@@ -30,6 +30,7 @@ from .panels import (BranchPanel, CELLS, ClassPanel, ExportPanel, ImagePanel, Li
 from ..core.distributed import pick_device, Runtime
 from ..core.errors import InputError
 from ..data.images import ImageList
+from ..models.heads import HeadModel
 from ..models.llb import LLB
 from ..runs.folder import RunReader
 from ..training.inputs import scoring_loader
@@ -57,7 +58,7 @@ def open_catalog(
     folder:str|Path|None=None           # where a model's index and notes are kept; None for a temporary one
 )->Catalog:
     "The catalog of an index, which is built when there is none. Raises `InputError` for what cannot be explored."
-    if isinstance(what, LLB): return _catalog_of_model(what, dataset, device, folder)
+    if isinstance(what, HeadModel): return _catalog_of_model(what, dataset, device, folder)
     if isinstance(what, ObjectIndex):
         notes = open_notes(what.folder.parent, what.info["model"])
         return Catalog(what, open_effects(what), notes, name=what.folder.name)

@@ -8,7 +8,7 @@ __all__ = ['Runtime', 'pick_device', 'start_runtime', 'world_size', 'rank', 'bar
            'end_with_parent']
 
 # %% ../../nbs/0_core/01_distributed.ipynb #92f39f37
-import os, signal, threading, time, uuid
+import os, re, signal, threading, time, uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,14 +43,18 @@ def pick_device(
     name:str="auto", # "auto", "cpu", "cuda", "cuda:1", ...
     local_rank:int=0 # which of this machine's GPUs, when `name` leaves it open
 )->torch.device:
-    "The device a process uses; `auto` means CUDA where there is one. Raises `InputError` for a GPU that isn't there."
+    "The device a process uses; `auto` means CUDA where there is one. Raises `InputError` for what isn't there."
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type != "cuda": return device
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"There is no device {name!r}; there are auto, cpu, cuda and cuda:N.")
+    if name == "cpu": return torch.device("cpu")
     if not torch.cuda.is_available():
         raise InputError(f"Device {name!r} was asked for, but PyTorch sees no CUDA GPU; use --device cpu or auto.")
-    if device.index is not None: return device
-    if local_rank >= (count := torch.cuda.device_count()):
+    count, index = torch.cuda.device_count(), name.partition(":")[2]
+    if index and int(index) >= count:
+        raise InputError(f"Device {name!r} was asked for, but the GPUs here are cuda:0 to cuda:{count - 1}.")
+    if index: return torch.device(name)
+    if local_rank >= count:
         raise InputError(f"Process {local_rank} of this machine has no GPU of its own: there are {count}; "
                          "start that many processes (--nproc_per_node).")
     return torch.device("cuda", local_rank)

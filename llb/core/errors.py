@@ -6,7 +6,7 @@
 __all__ = ['InputError', 'without_controls', 'command']
 
 # %% ../../nbs/0_core/00_errors.ipynb #1c6f5256
-import re, sys
+import os, re, select, sys
 from collections.abc import Callable
 from functools import wraps
 
@@ -25,6 +25,18 @@ def without_controls(text:str)->str:
     "Text with control characters, but for line break and tab, and lone surrogates written out."
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
 
+# %% ../../nbs/0_core/00_errors.ipynb #42d93ebf
+def _reader_left()->bool:
+    "Whether stdout is a pipe that nobody reads any more."
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+def _end_quietly():
+    "Exit as a program that a broken pipe has ended; the interpreter flushes stdout once more, into nothing."
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(128 + 13) from None   # SIGPIPE
+
 # %% ../../nbs/0_core/00_errors.ipynb #42d93ec1
 def command(
     main:Callable # main(argv), the body of a command
@@ -32,7 +44,12 @@ def command(
     "Let a command end with one sentence, and status 2 on bad input, 1 on numbers that are no longer finite."
     @wraps(main)
     def run(argv:list[str]|None=None):
-        try: return main(argv)
+        try:
+            try: return main(argv)
+            finally: sys.stdout.flush()
+        except BrokenPipeError:
+            if not _reader_left(): raise
+            _end_quietly()
         except (InputError, FloatingPointError) as e:
             sys.stderr.write(f"error: {without_controls(str(e))}\n")   # at once: several processes print
             raise SystemExit(2 if isinstance(e, InputError) else 1) from None

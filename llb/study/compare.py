@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Comparison', 'compare', 'write_results', 'check_study', 'figure_of_answers', 'figure_of_cost', 'figure_of_sweep',
-           'main']
+           'compare_command']
 
 # %% ../../nbs/7_study/76_compare.ipynb #7c22d5e2
-import argparse, subprocess, sys
+import subprocess, sys
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 
 from ..core.console import print_main
 from ..core.distributed import start_runtime
-from ..core.errors import command, InputError
+from ..core.errors import InputError
 from ..core.files import atomic
 from ..plots.comparisons import plot_cost, plot_differences, plot_sweep
 from .plan import read_study, Study, swept_arm
@@ -194,18 +195,10 @@ def _plan(study:Study, folder:Path)->str:
     return "\n".join(lines)
 
 # %% ../../nbs/7_study/76_compare.ipynb #74b571ef
-@command
-def main(argv:list[str]|None=None):
+def compare_command(
+    args:Namespace # the words of `llb compare`, read by `llb.cli`
+):
     "Run a study and print its tables."
-    parser = argparse.ArgumentParser("llb compare", description=main.__doc__)
-    parser.add_argument("study", type=Path, help="its TOML file")
-    parser.add_argument("--folder", type=Path, help="for records; without it, the folder beside the file")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--jobs", type=int, default=1, help="processes on this machine")
-    parser.add_argument("--shard", help="do only this share of the units, such as 0/4 (on a cluster: one a job)")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be run, and stop")
-    parser.add_argument("--check", action="store_true", help="run nothing; fail when records and tables do not agree")
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     study, folder = read_study(args.study), args.folder or args.study.with_suffix("")
     if args.dry_run: return print(_plan(study, folder))
     if args.check: return print(check_study(study, folder))

@@ -19,7 +19,8 @@ from ..core.seeds import seed_from
 from ..models.backbone import BackboneOutput
 from ..models.heads import HeadModel
 from ..models.llb import first_token, LLB
-from ..models.loss import BatchTotals, HeadLoss, LLBLoss
+from ..models.loss import BatchTotals, HeadLoss, LLBLoss, undecided
+from ..models.objects import GeluScores
 from ..runs.config import Config, OptimConfig
 from .inputs import features_of
 from .optim import CheckedUpdates, learning_rate, make_optimizer, set_learning_rate
@@ -36,8 +37,10 @@ def micro_batches(
 
 # %% ../../nbs/4_training/45_step.ipynb #4c8fa117
 def make_loss(model:HeadModel, config:OptimConfig)->HeadLoss:
-    "The objective of a model: the paper's for an LLB, cross-entropy for any other head."
-    return LLBLoss(config.diversity_weight, config.local_diversity) if isinstance(model, LLB) else HeadLoss()
+    "The objective of a model: the paper's for an LLB, cross-entropy for any other head and where nothing is assigned."
+    if not isinstance(model, LLB) or isinstance(model.branch.objects.assigner, GeluScores): return HeadLoss()
+    terms = {"undecided": (config.undecided_weight, undecided)} if config.undecided_weight else None
+    return LLBLoss(config.diversity_weight, config.local_diversity, terms)
 
 def compile_model(model:HeadModel, device:torch.device):
     "Compile the backbone's blocks and those of the head. Raises `InputError` when there is no compiler."

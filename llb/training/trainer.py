@@ -28,7 +28,7 @@ from ..data.splits import Data
 from ..models.heads import HeadModel, HeadOutput
 from ..models.llb import LLB
 from ..models.loss import HeadLoss
-from ..models.rivals import FittedHead, head_name
+from ..models.rivals import control_name, FittedHead, head_name
 from ..models.saving import describe_backbone
 from ..models.token_cache import TokenDataset
 from ..runs.config import (Config, DataConfig, ModelConfig, OptimConfig, options_of_head, RunConfig,
@@ -54,6 +54,7 @@ def _of_model(config:ModelConfig, model:HeadModel)->ModelConfig:
     head = head_name(model) if isinstance(model, HeadModel) else config.head
     found = {**model.settings, **model.settings.get("options", {})}
     fixed = {"head": head, **{name: found[name] for name in options_of_head(head) if name in found}}
+    if head == "llb" and isinstance(model, LLB): fixed["control"] = control_name(model) or config.control
     height, width = model.backbone.image_size
     if height == width: fixed["image_size"] = height
     named = replace(config, backbone=_backbone_name(config.backbone, model.backbone.name))
