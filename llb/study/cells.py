@@ -7,7 +7,7 @@ __all__ = ['Tokens', 'Split', 'load_tokens', 'take_per_class', 'Cell', 'predict_
 
 # %% ../../nbs/7_study/73_cells.ipynb #48a0ac9c
 import copy, math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from ..data.preprocessing import Geometry
 from ..data.splits import Data
 from ..models.backbone import Backbone
 from ..models.heads import HeadModel
+from ..models.rivals import FittedHead
 from ..models.token_cache import build_tokens
 from ..runs.config import Config
 from ..training.inputs import features_of
@@ -36,7 +37,7 @@ class Tokens:
     "The frozen features of a data set, held in memory; see `load_tokens`."
     def __init__(self, files:tuple[str, ...], columns:dict[str, Tensor]):
         self.rows = {file: row for row, file in enumerate(files)}
-        self.columns = columns   # "tokens" [n,P+N,D] in bf16; "visual_features" [n,F] or "visual_logits" [n,C]
+        self.columns = columns   # "tokens" [n,P+N,D] in bf16; "visual_features" [n,F]; perhaps "layer_tokens" [n,S,D]
 
     def of(self, images:ImageList)->"Split":
         "The part that belongs to some images. Raises `KeyError` for an image that is not there."
@@ -62,12 +63,14 @@ def load_tokens(
     layer:int,           # 1..depth
     data:Data,
     runtime:Runtime,
-    workers:int=0        # processes that decode images
+    workers:int=0,       # processes that decode images
+    reads:tuple[str, ...]=()   # what heads read besides tokens and visual features; see `Head.reads`
 )->Tokens:
     "Read the token cache of all splits, computing what is missing. Raises `InputError` as `build_tokens` does."
     images = all_images(data)
     dataset = StoredImages(images, Geometry(backbone.preprocessing))
-    store = build_tokens(backbone, layer, images, runtime, dataset=dataset, workers=workers, desc="study")
+    store = build_tokens(backbone, layer, images, runtime, dataset=dataset, workers=workers, desc="study",
+                         reads=reads)
     rows = [store.get(row) for row in progress(range(len(images)), desc="reading tokens")]
     return Tokens(images.files, {name: torch.stack([row[name] for row in rows]) for name in rows[0]})
 
@@ -102,6 +105,7 @@ class Cell:
     model: HeadModel
     logits: dict[str, Tensor]|None   # split -> [n,C] float32; None when it diverged
     nll: float                       # on the selection split, in nats; infinite when it diverged
+    fitted: dict = field(default_factory=dict)   # what a head that is fitted has chosen by itself; see `FittedHead`
 
 @torch.no_grad()
 def predict_split(model:HeadModel, split:Split, runtime:Runtime, batch_size:int=256)->Tensor: # [n,C] float32
@@ -131,16 +135,30 @@ def train_cells(
     runtime:Runtime
 )->list[Cell]: # in the same order
     "Train every cell on the same batches and predict both other splits; nothing is chosen by the reported one."
+    if isinstance(model.branch, FittedHead): return [_fit(model, configs[0], splits, runtime)]
     steps = [TrainStep(m, config, runtime) for m, config in zip(_copies(model, len(configs)), configs)]
     _train(steps, splits["train"], configs[0])
     return [_finished(step, splits, runtime) for step in steps]
 
-def _finished(step:TrainStep, splits:dict[str, Split], runtime:Runtime)->Cell:
-    if step.refused(): return Cell(step.config, step.model, None, math.inf)
-    logits = {name: predict_split(step.model, splits[name], runtime) for name in ("selection", "val")}
+# %% ../../nbs/7_study/73_cells.ipynb #070b7a3a
+def _scored(model:HeadModel, config:Config, splits:dict[str, Split], runtime:Runtime, fitted:dict|None=None)->Cell:
+    "A cell with its predictions."
+    logits = {name: predict_split(model, splits[name], runtime) for name in ("selection", "val")}
     nll = cross_entropy(logits["selection"], splits["selection"].labels).item()
     if not math.isfinite(nll): logits, nll = None, math.inf
-    return Cell(step.config, step.model, logits, nll)
+    return Cell(config, model, logits, nll, fitted or {})
+
+def _finished(step:TrainStep, splits:dict[str, Split], runtime:Runtime)->Cell:
+    if step.refused(): return Cell(step.config, step.model, None, math.inf)
+    return _scored(step.model, step.config, splits, runtime)
+
+def _fit(model:HeadModel, config:Config, splits:dict[str, Split], runtime:Runtime)->Cell:
+    "A head without gradients tries settings of its own, on the same selection split."
+    def part(name):
+        split = splits[name].batch(torch.arange(len(splits[name])))
+        return split["visual_features"].to(runtime.device), split["label"].to(runtime.device)
+    fitted = model.branch.fit(*part("train"), *part("selection"))
+    return _scored(model, config, splits, runtime, fitted)
 
 # %% ../../nbs/7_study/73_cells.ipynb #514ba951
 def choose_cell(
@@ -151,6 +169,7 @@ def choose_cell(
     best = min(cells, key=lambda cell: cell.nll)
     if best.logits is None:
         raise InputError(f"All {len(cells)} cells diverged; lower the values of {', '.join(search) or 'lr'}.")
+    if best.fitted: return best, ["its own"] if best.fitted["border"] else []
     flat = best.config.to_dict()
     border = [name for name, values in search.items()
               if len(values) > 1 and flat[name] in (min(values), max(values))]

@@ -90,7 +90,7 @@ def compare(
     file = None if isinstance(study, Study) else Path(study)
     study = read_study(file) if file else study
     folder = Path(folder or (file.with_suffix("") if file else Path("studies") / study.name))
-    study = replace(study, arms={**study.arms, **{name: {} for name in arms or {}}})
+    study = replace(study, arms={**study.arms, **{name: {"head": "own"} for name in arms or {}}})
     if jobs > 1:
         if file is None or arms: raise InputError("Several processes need a study in a file, without arms of your own.")
         _run_jobs(file, folder, device, min(jobs, len(units_of(study))))

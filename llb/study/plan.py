@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..runs.config import Config
+from ..runs.config import Config, ModelConfig, NEEDS
 
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
@@ -59,8 +59,35 @@ class _Parts:
     sweeps: dict[str, dict] = field(default_factory=dict)     # name -> {"arm", "option", "values"}
 
 # %% ../../nbs/7_study/72_plan.ipynb #b80a50e6
+def _idle(option:str, head:str)->bool:
+    "Whether an option means nothing to a head; what all arms share is then left out for this one."
+    heads = NEEDS.get(option, {}).get("head")
+    return heads is not None and head not in heads
+
+class _Configured(_Parts):
+    "What the options of a study come to."
+    def layer(self, data:str, arm:str)->int: # 1..depth
+        "The block whose tokens an arm gets."
+        given = {**self.options, **self.data[data], **self.arms[arm]}
+        return given.get("target_layer", ModelConfig.target_layer)
+
+    def config(self, data:str, arm:str, seed:int, **cell)->Config:
+        "What `llb train` would be told for one cell of the search. Raises `InputError` for what cannot be run."
+        shared, own = {**self.options, **cell, "seed": seed}, {**self.data[data], **self.arms[arm]}
+        head = {**shared, **own}.get("head", ModelConfig.head)
+        given = {name: value for name, value in shared.items() if not _idle(name, head)} | own
+        given.pop("images_per_class", None)
+        try: return Config.of(**{"save": False, "augment": "none", **given})
+        except InputError as e: raise InputError(f"The arm {arm!r} on {data!r} cannot be run: {e}") from e
+
+    def configs(self, data:str, arm:str, seed:int)->list[Config]: # one for each cell
+        "Every combination of the values that are searched."
+        cells = itertools.product(*self.search.values())
+        return [self.config(data, arm, seed, **dict(zip(self.search, values))) for values in cells]
+
+# %% ../../nbs/7_study/72_plan.ipynb #01d74b80
 @dataclass(frozen=True, kw_only=True)
-class Study(_Parts):
+class Study(_Configured):
     "What is to be compared. Raises `InputError` for what cannot be run."
     def __post_init__(self):
         _check_names("study", [self.name])
@@ -76,18 +103,6 @@ class Study(_Parts):
         for arm in question.arm, question.against: _require_known("the arm", arm, self.arms)
         _require_known("the measure", question.measure, MEASURES)
         _require_known("the prediction", question.prediction, PREDICTIONS)
-
-    def config(self, data:str, arm:str, seed:int, **cell)->Config:
-        "What `llb train` would be told for one cell of the search. Raises `InputError` for what cannot be run."
-        given = {**self.options, **self.data[data], **self.arms[arm], **cell, "seed": seed}
-        given.pop("images_per_class", None)
-        try: return Config.of(**{"save": False, "augment": "none", **given})
-        except InputError as e: raise InputError(f"The arm {arm!r} on {data!r} cannot be run: {e}") from e
-
-    def configs(self, data:str, arm:str, seed:int)->list[Config]: # one for each cell
-        "Every combination of the values that are searched."
-        cells = itertools.product(*self.search.values())
-        return [self.config(data, arm, seed, **dict(zip(self.search, values))) for values in cells]
 
     @property
     def asked(self)->tuple[Question, ...]:
@@ -111,14 +126,15 @@ def swept_arm(sweep:dict, value)->str:
     return f"{sweep['arm']} {sweep['option']}={value}"
 
 def _with_curves(data:dict[str, dict])->dict[str, dict]:
-    "A data set for each number of images a class, and one for all."
+    "A data set for each number in a list of images a class, and one for all; a single number stays what it is."
     made = {}
     for name, options in data.items():
-        counts = options.get("images_per_class", [])
-        if isinstance(counts, int): counts = [counts]
+        counts = options.get("images_per_class")
+        if not isinstance(counts, list):
+            made[name] = options
+            continue
         whole = {k: v for k, v in options.items() if k != "images_per_class"}
-        made |= {f"{name}-{count}": {**whole, "images_per_class": count} for count in counts}
-        made[name] = whole
+        made |= {f"{name}-{count}": {**whole, "images_per_class": count} for count in counts} | {name: whole}
     return made
 
 # %% ../../nbs/7_study/72_plan.ipynb #a25c13c4

@@ -24,6 +24,7 @@ from ..core.files import atomic
 from ..data.splits import Data
 from ..models.backbone import Backbone
 from ..models.heads import HeadModel
+from ..models.rivals import HEADS
 from ..runs.build import make_backbone, make_data, make_model
 from ..runs.config import Config
 from ..runs.folder import environment
@@ -35,17 +36,21 @@ from ..training.metrics import ALPHAS, choose_alpha, measure, score_batch, Score
 # %% ../../nbs/7_study/74_runner.ipynb #ba6e1110
 Maker = Callable[[Backbone, int], HeadModel]   # (backbone, number of classes) -> a fresh model
 
+_BACKBONE = "backbone", "checkpoint", "random_backbone", "image_size", "backbone_dtype"   # options that make it
+
 class _Tokens:
     "Backbones and their tokens, kept while units of the same data set follow each other."
-    def __init__(self, runtime:Runtime): self.runtime, self.key, self.value = runtime, None, None
+    def __init__(self, runtime:Runtime, reads:tuple[str, ...]=()):
+        self.runtime, self.reads, self.key, self.value = runtime, reads, None, None
 
-    def of(self, config:Config, data:Data)->tuple[Backbone, Tokens]:
-        key = json.dumps([vars(config.model), vars(config.data)])
+    def of(self, config:Config, layer:int, data:Data)->tuple[Backbone, Tokens]:
+        model = {name: getattr(config.model, name) for name in _BACKBONE}
+        key = json.dumps([model, vars(config.data), layer])
         if key != self.key:
             torch.manual_seed(0)   # a random backbone is the same for all seeds
             backbone = make_backbone(config.model, 0).to(self.runtime.device)
-            self.value = backbone, load_tokens(backbone, config.model.target_layer, data, self.runtime,
-                                               config.data.workers)
+            tokens = load_tokens(backbone, layer, data, self.runtime, config.data.workers, self.reads)
+            self.value = backbone, tokens
             self.key = key
         return self.value
 
@@ -63,25 +68,29 @@ class Unit:
     def config(self, arm:str)->Config: return self.study.config(self.data_name, arm, self.seed)
 
     @cached_property
+    def whole(self)->Data:
+        "The three splits of the data set."
+        return make_data(self.config(self.study.baseline))
+
+    @cached_property
     def data(self)->Data:
-        "The three splits; fewer training images where the study says so."
-        data = make_data(self.config(self.study.baseline))
+        "The same, with fewer training images where the study says so."
         count = self.study.data[self.data_name].get("images_per_class")
-        return replace(data, train=take_per_class(data.train, count, self.seed))
+        return replace(self.whole, train=take_per_class(self.whole.train, count, self.seed))
 
-    @cached_property
-    def frozen(self)->tuple[Backbone, Tokens]:
-        whole = make_data(self.config(self.study.baseline))
-        return self.kept.of(self.config(self.study.baseline), whole)
+    def frozen(self, arm:str)->tuple[Backbone, Tokens]:
+        "The backbone, and the tokens of the arm's layer."
+        return self.kept.of(self.config(arm), self.study.layer(self.data_name, arm), self.whole)
 
-    @cached_property
-    def splits(self)->dict[str, Split]:
-        return {name: self.frozen[1].of(images) for name, images in vars(self.data).items()}
+    def splits(self, arm:str)->dict[str, Split]:
+        "The arm's tokens, split by split."
+        tokens = self.frozen(arm)[1]
+        return {name: tokens.of(images) for name, images in vars(self.data).items()}
 
     def model(self, arm:str)->HeadModel:
         "A fresh model of an arm, from its seed."
         torch.manual_seed(self.seed)
-        backbone, classes = self.frozen[0], len(self.data.classes)
+        backbone, classes = self.frozen(arm)[0], len(self.data.classes)
         if arm in self.makers: return self.makers[arm](backbone, classes).to(self.runtime.device)
         return make_model(self.config(arm).model, backbone, classes).to(self.runtime.device)
 
@@ -99,7 +108,7 @@ def about_run(unit:Unit, arm:str)->dict: # JSON-able; see `Record.about`
     usual, ignored = Config().to_dict(), {*_NOT_RESULTS, *unit.study.search}
     options = {name: value for name, value in unit.config(arm).to_dict().items()
                if name not in ignored and value != usual[name]}
-    about = {"options": options, "search": unit.study.search, "backbone": unit.frozen[0].content_hash(),
+    about = {"options": options, "search": unit.study.search, "backbone": unit.frozen(arm)[0].content_hash(),
              "images": {name: split.fingerprint() for name, split in vars(unit.data).items()},
              "baseline": unit.study.baseline}
     if arm in unit.makers: about["source"] = _source(unit.makers[arm])
@@ -131,9 +140,9 @@ def score_against(
     return score_batch(baseline, arm, torch.arange(len(split)), split.labels, ALPHAS)
 
 # %% ../../nbs/7_study/74_runner.ipynb #b32bb844
-def _predictions(unit:Unit, baseline:dict|None, logits:dict[str, Tensor])->tuple[dict, dict, float]:
+def _predictions(splits:dict[str, Split], baseline:dict|None, logits:dict[str, Tensor])->tuple[dict, dict, float]:
     "Metrics and packed images of the reported split, and the alpha that the selection split chose."
-    def scores_of(split): return score_against((baseline or logits)[split], logits[split], unit.splits[split])
+    def scores_of(split): return score_against((baseline or logits)[split], logits[split], splits[split])
     alpha = choose_alpha(scores_of("selection")) if baseline else 0.0   # the baseline is fused with nothing
     scores = scores_of("val")
     metrics, images = {}, {}
@@ -144,6 +153,7 @@ def _predictions(unit:Unit, baseline:dict|None, logits:dict[str, Tensor])->tuple
     return metrics, images, alpha
 
 def _describe(cell:Cell, search:dict)->dict:
+    if cell.fitted: return {**cell.fitted, "nll": cell.nll}
     flat = cell.config.to_dict()
     return {**{name: flat[name] for name in search}, "nll": cell.nll if cell.logits else None}
 
@@ -155,13 +165,13 @@ def run_arm(
     "Train all cells of an arm, choose one, and measure it. Raises `InputError` when all of them diverged."
     began, search = time.monotonic(), unit.study.search
     configs = unit.study.configs(unit.data_name, arm, unit.seed)
-    model = unit.model(arm)
-    cells = train_cells(model, configs, unit.splits, unit.runtime)
+    model, splits = unit.model(arm), unit.splits(arm)
+    cells = train_cells(model, configs, splits, unit.runtime)
     best, border = choose_cell(cells, search)
-    metrics, images, alpha = _predictions(unit, baseline, best.logits)
+    metrics, images, alpha = _predictions(splits, baseline, best.logits)
     about = about_run(unit, arm)
     chosen = {**_describe(best, search), "border": border, "alpha": alpha}
-    cost = {**head_cost(best.model, unit.splits["val"], unit.runtime), "seconds": time.monotonic() - began}
+    cost = {**head_cost(best.model, splits["val"], unit.runtime), "seconds": time.monotonic() - began}
     made = {**environment(), "device": str(unit.runtime.device),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     return Record(unit.data_name, arm, unit.seed, key_of(about), about, chosen, [_describe(c, search) for c in cells],
@@ -196,6 +206,12 @@ def run_unit(
         yield record
 
 # %% ../../nbs/7_study/74_runner.ipynb #35a718a3
+def _reads(study:Study, makers:dict[str, Maker])->tuple[str, ...]:
+    "What the heads of a study read besides tokens and visual features."
+    named = [HEADS[study.config(data, arm, study.seeds[0]).model.head] for data in study.data for arm in study.arms
+             if arm not in makers]
+    return tuple(sorted({name for head in [*named, *makers.values()] for name in getattr(head, "reads", ())}))
+
 def run_study(
     study:Study,
     folder:str|Path,                       # see `run_unit`
@@ -204,6 +220,6 @@ def run_study(
     shard:tuple[int, int]=(0, 1)           # this process does every `shard[1]`-th unit, from `shard[0]` on
 ):
     "Yield every record, the missing ones as they are made. Raises `InputError` as `run_unit` does."
-    kept = _Tokens(runtime)
+    kept = _Tokens(runtime, _reads(study, makers or {}))
     for data, seed in units_of(study)[shard[0]::shard[1]]:
         yield from run_unit(Unit(study, data, seed, runtime, kept, makers or {}), folder)
