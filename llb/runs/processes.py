@@ -60,7 +60,8 @@ def _progress_of(
     first, last = points[0], points[-1]
     per_epoch, epochs, done = opening["per_epoch"], opening["epochs"], last["step"]
     steps = opening.get("most_steps", per_epoch * epochs)
-    now = RunProgress(done, steps, (done - opening.get("before", 0)) / per_epoch, epochs, phase=opening.get("phase", ""))
+    epoch = (done - opening.get("before", 0)) / per_epoch
+    now = RunProgress(done, steps, epoch, epochs, phase=opening.get("phase", ""))
     taken, seconds = done - first["step"], last["time"] - first["time"]
     if taken <= 0 or seconds <= 0: return now
     rate = taken / seconds
