@@ -198,16 +198,10 @@ FOLDERS = {
         "round",
     ),
     "Train and Val": (listed(split_into("Train", "Val"), lambda d, _: len(d.classes) == 3), None),
-    "training and test": (listed(split_into("training", "test")), "training|test"),
+    "training and test": (listed(split_into("training", "test"), lambda d, _: len(d.classes) == 3), None),
     "TRAIN and VAL": (listed(split_into("TRAIN", "VAL"), lambda d, _: len(d.classes) == 3), None),
-    "a loop of links": (
-        listed(lambda r: (r / "circle" / "loop").symlink_to(r), lambda d, _: count(d) == 18 and apart(d)),
-        None,
-    ),
-    "a class linked into another": (
-        listed(lambda r: (r / "circle" / "more").symlink_to(r / "square"), lambda d, _: apart(d)),
-        None,
-    ),
+    "a loop of links": (listed(lambda r: (r / "circle" / "loop").symlink_to(r)), "loop is a link"),
+    "a class linked into another": (listed(lambda r: (r / "circle" / "more").symlink_to(r / "square")), "is a link"),
     "a class that is a link": (
         listed(
             lambda r: (shutil.move(r / "circle", r.parent / "away"), (r / "circle").symlink_to(r.parent / "away"), r)[
@@ -298,7 +292,7 @@ IMAGES = {
     "a socket": (listed(socket_file, lambda d, out: "1 pipe or device" in out), None),
     "an image nobody may read": (with_file("x.png", image()), None),
     "a bomb": (with_file("x.png", png_of(60000, 60000)), "x.png"),
-    "a thin bomb": (with_file("x.png", png_of(1500000, 1)), "x.png"),
+    "a line of 1.5 million pixels": (with_file("x.png", png_of(1500000, 1)), None),
     "one pixel": (with_file("x.png", image(size=(1, 1))), None),
     "grey": (with_file("x.png", image("L")), None),
     "grey with alpha": (with_file("x.png", image("LA")), None),
