@@ -73,15 +73,16 @@ def check_data(argv:list[str]): # flags of `llb train`
     from llb.runs.config import parse_command
     config = parse_command(argv, "llb check-data")
     from llb.core.console import print_main
-    from llb.data.unreadable import check_images
+    from llb.data.unreadable import all_images, check_images, count_kinds
     from llb.runs.build import list_data
     data, began = list_data(config), time.monotonic()
-    found = check_images(data)
+    found, kinds = check_images(data), count_kinds(all_images(data).paths)
     print_main("\n".join(found.values()) if found else "All images can be read.")
     splits = {name: images.paths for name, images in vars(data).items() if len(images)}
     counts = [f"{sum(str(path) in found for path in paths)} of {len(paths)} {name}" for name, paths in splits.items()]
     print_main(f"Unreadable: {', '.join(counts)} images; {time.monotonic() - began:.0f} s. "
                "The result is remembered for these files.")
+    for kind, count in kinds.most_common(): print_main(f"{kind}: {count:,} images")
     if found: raise SystemExit(1)
 
 # %% ../nbs/91_cli.ipynb #9e0a57c1

@@ -32,6 +32,15 @@ def at_step(number, what, after):
     _around_steps(None if after else strike, strike if after else None)
 
 
+def at_nth_step(count, what, after):
+    "The same, before or after the n-th step that this process takes, in whichever phase of a run."
+    taken = []
+    def strike(batch, n):
+        taken.append(n)
+        if len(taken) == count: os.kill(os.getpid(), what)
+    _around_steps(None if after else strike, strike if after else None)
+
+
 def at_call(module, name, count):
     "Kill at the n-th call of a function of the package, before it does anything."
     target = sys.modules[module]

@@ -30,7 +30,7 @@ from llb.models.llb import LLB
 from llb.models.token_cache import build_tokens, TokenDataset
 from llb.runs.build import make_backbone, make_data, make_model
 from llb.runs.config import Config
-from llb.runs.folder import describe_data
+from llb.runs.folder import describe_data, RunReader
 from llb.training.metrics import measure
 
 RUNTIME = Runtime(torch.device("cpu"))
@@ -345,6 +345,7 @@ def test_images_that_are_not_the_runs_are_refused(run):
     path = make_data(Config.from_file(run / "config.json")).val.paths[0]
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(InputError, match="images are not those of the run"): index_run(run, "val", "cpu")
+    with pytest.raises(InputError, match="there are 12 as before, but"): RunReader(run).load_data()   # as reports do
     path.unlink()
     with pytest.raises(InputError, match="images are not those of the run"): index_run(run, "val", "cpu")
     assert not (run / "objects").exists()

@@ -245,12 +245,17 @@ def test_own_heads_are_called_so_in_the_record(backbone, images, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["knn", "logistic", "ep", "alf"])
-def test_two_processes_train_a_rival(head, train, images, tmp_path):
-    own = {"target_layer": 3} if head == "ep" else {"target_layer": None}
-    more = {"epochs": 2} if head in ("ep", "alf") else {"epochs": None}
-    run = train(2, head=head, data_dir=images, save_dir=tmp_path, num_objects=None, num_layers=None, temperature=None,
-                **own, **more)
-    assert run.finish() == 0, run.text
+def test_two_processes_train_a_rival(head, forked, images, tmp_path):
+    unknown = dict.fromkeys(("num_objects", "num_layers", "target_layer"))
+    own = {name: SMALL[name] for name in options_of_head(head) if name in SMALL}
+    more = dict.fromkeys(("epochs", "lr")) if head in FITTED else {"epochs": 2}
+    run = forked(2, head=head, data_dir=images, save_dir=tmp_path, **unknown | own | more)
+    assert run.finish() == [0, 0], run.text
+    metrics = RunReader(tmp_path / "run").metrics
+    assert metrics["seen"]["unique"] == 12 and ("fit" in metrics) == (head in FITTED)
+    if head in FITTED:   # the same images, whoever has read them
+        config = config_of(head, data_dir=images, save_dir=tmp_path, name="alone", augment="none")
+        assert train(config)["fit"] == pytest.approx(metrics["fit"], rel=1e-3)
 
 
 def test_flags_name_a_head():

@@ -152,6 +152,20 @@ def test_clip(name, tmp_path):
     assert b.num_classes == 0 and b.preprocessing.mean[0] == pytest.approx(.48145466)
 
 
+def test_the_same_tensors_in_another_architecture_have_another_name():
+    """CLIP's two activations share a file's tensors; a plain backbone is named by its tensors alone."""
+    from llb.models.weights import content_hash
+    plain, quick = (load_backbone(f"vit_base_patch32_clip_{n}224", pretrained=False, image_size=64, num_classes=0)
+                    for n in ("", "quickgelu_"))
+    quick.vit.load_state_dict(plain.vit.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    assert not torch.equal(plain(images, 1).tokens, quick(images, 1).tokens)
+    assert content_hash(plain.vit.state_dict()) == plain.content_hash() != quick.content_hash()
+    gap, par = (load_backbone(f"naflexvit_base_patch16_{n}gap", pretrained=False, image_size=64) for n in ("", "par_"))
+    par.vit.load_state_dict(gap.vit.state_dict())
+    assert gap.content_hash() != par.content_hash()
+
+
 def test_siglip_of_open_clip(tmp_path):
     model = source_model("vit_base_patch16_siglip_224", 48)
     theirs = {f"visual.trunk.{k}": v for k, v in model.state_dict().items()}

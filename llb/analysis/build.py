@@ -201,13 +201,6 @@ def images_of_run(run:RunReader, split:str)->ImageList:
     names = list(vars(data)) if split == "all" else [split]
     if split not in (*vars(data), "all"):
         raise InputError(f"There is no split {split!r}; there are train, selection, val and all.")
-    for name in names:
-        known, now = run.about.get("splits", {}).get(name), getattr(data, name)
-        if known and known["fingerprint"] != now.fingerprint():
-            raise InputError(f"The {name} images are not those of the run in {str(run.folder)!r}: "
-                             f"it had {known['images']} with fingerprint {known['fingerprint']}, "
-                             f"now there are {len(now)} with {now.fingerprint()}. "
-                             "Bring the run's images back; for other images use build_index().")
     if not len(images := join_images(*(getattr(data, name) for name in names))):
         raise InputError(f"The run in {str(run.folder)!r} has no {split} split: it held no images out for choices.")
     return images

@@ -146,7 +146,11 @@ def figure_of_training(run:RunReader)->Figure:
     "Loss, entropies, accuracy and learning rate by epoch. Raises `InputError` before the first epoch has ended."
     n = run.about.get("splits", {}).get("selection", {}).get("images")
     K = run.about.get("config", {}).get("num_objects")
-    return plot_training_curves(run.epochs(), num_objects=K, n=n)[0].get_figure()
+    epochs = run.epochs()
+    first = sum(e.get("phase") != "refit" for e in epochs)   # a refit counts its own; here one follows the other
+    epochs = [{**e, "epoch": e["epoch"] + first * (e.get("phase") == "refit")} for e in epochs]
+    again = first if first < len(epochs) else None
+    return plot_training_curves(epochs, num_objects=K, n=n, refit_from=again)[0].get_figure()
 
 # %% ../../nbs/8_apps/82_figures.ipynb #99ec52ce
 _FORMATS = ("png", "svg")

@@ -31,8 +31,9 @@ from ..runs.processes import attach, Run, RunState, start
 # %% ../../nbs/8_apps/84_monitor.ipynb #a08fa4bf
 def figure_of_usage(run:RunReader)->Figure:
     "Perplexity of the objects, and how many are dead, by epoch. Raises `InputError` where there is none."
-    columns = as_columns(run.epochs())
-    if "objects.perplexity" not in columns: raise InputError("This run has no latent objects.")
+    epochs = [e for e in run.epochs() if "objects" in e]
+    if not epochs: raise InputError("This run has no latent objects, or held no images out to count them on.")
+    columns = as_columns(epochs)
     num_objects = run.about["config"]["num_objects"]
     return plot_perplexity_over_time(columns["epoch"], columns["objects.perplexity"], num_objects,
                                      columns["objects.dead"]).figure
@@ -127,8 +128,9 @@ def run_html(run:Run)->Markup:
     def add(figure_of, text):
         return _or_sentence(lambda: figure_html(figure_of(run), f"{text}, of run {run.folder.name}"))
     page += add(figure_of_training, "Curves of loss, object entropy, accuracy and learning rate by epoch")
-    if "objects" in epochs[-1]:   # not where a backbone itself was trained
-        page += add(figure_of_snapshots, "Assignment maps of a few selection images, a row for each epoch")
+    if _snapshot_epochs(run.folder):   # not where a backbone itself was trained
+        page += add(figure_of_snapshots, "Assignment maps of a few images, a row for each epoch")
+    if any("objects" in e for e in epochs):
         page += add(figure_of_usage, "Perplexity of the latent objects and number of dead objects by epoch")
     return page + _or_sentence(lambda: results_html(run.metrics))
 

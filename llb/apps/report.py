@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from ..analysis.catalog import Catalog, find_objects
 from ..analysis.build import images_of_run, index_run, index_scores, require_objects
+from ..analysis.index import ObjectIndex
 from ..analysis.effects import effects_of_run
 from ..analysis.usage import summarise
 from .cards import object_card
@@ -55,15 +56,19 @@ def write_figures(run:RunReader)->list[Path]: # the PNG files
     return [save_figure(figure, run.folder / "figures" / f"{name}.png") for name, figure in figures.items()]
 
 # %% ../../nbs/8_apps/87_report.ipynb #1b2850ba
+def _alpha_curve(index:ObjectIndex)->tuple[list[float], list[float], int]: # [A] top-1, [A] NLL in nats; images
+    scores = index_scores(index)
+    measures = [measure(scores, alpha) for alpha in ALPHAS]
+    return [m["top1"] for m in measures], [m["nll"] for m in measures], len(index)
+
 def _alpha_figure(run:RunReader, catalog:Catalog)->Figure:
-    "Accuracy and NLL over alpha: on the selection split, where alpha was chosen, and on the reported images."
-    selection, curves = index_run(run, "selection"), []
-    for index in selection, catalog.index:
-        scores = index_scores(index)
-        measures = [measure(scores, alpha) for alpha in ALPHAS]
-        curves.append([[m["top1"] for m in measures], [m["nll"] for m in measures]])
-    chosen = run.metrics["alpha"]["value"]
-    axes = plot_alpha_curve(ALPHAS, *curves[0], chosen, len(selection), (*curves[1], len(catalog.index)))
+    "Accuracy and NLL over alpha: on the selection split, unless it was trained on, and on the reported images."
+    chosen, reported = run.metrics["alpha"]["value"], _alpha_curve(catalog.index)
+    if run.config.optim.refit or not len(run.load_data().selection):
+        axes = plot_alpha_curve(ALPHAS, *reported[:2], chosen, reported[2], source="diagnostic: reported data")
+    else:
+        accuracy, nll, n = _alpha_curve(index_run(run, "selection"))
+        axes = plot_alpha_curve(ALPHAS, accuracy, nll, chosen, n, reported)
     return axes[0].get_figure()
 
 # %% ../../nbs/8_apps/87_report.ipynb #f6a71fa8
@@ -119,8 +124,8 @@ def _chosen_objects(
 # %% ../../nbs/8_apps/87_report.ipynb #fb15e021
 _TEXTS = { # what each figure of the page shows, for those who cannot see it
     "training": "Loss, entropies, accuracy and learning rate by epoch",
-    "alpha_curve": "Accuracy and negative log-likelihood against alpha, on the selection split and, as a diagnostic, "
-                   "on the reported images",
+    "alpha_curve": "Accuracy and negative log-likelihood against alpha, on images held out for choices, if any, and, "
+                   "as a diagnostic, on the reported images",
     "agreement": "Images by which branch is right",
     "sample": "Random validation images beside the map of their latent objects",
     "usage": "Fraction of patches of each object, by rank",

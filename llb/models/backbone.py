@@ -60,6 +60,12 @@ class Described:
         rows = (f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in facts.items())
         return f"<table><caption>{type(self).__name__}</caption>{''.join(rows)}</table>"
 
+# %% ../../nbs/2_models/22_backbone.ipynb #4c90be17
+def _unseen(vit:nn.Module)->list[str]: # [] for almost all
+    "What no tensor shows of an architecture, where another has the same tensors."
+    activations = {type(m).__name__ for m in vit.modules()} & {"QuickGELU"}
+    return [*activations, *([vit.pretrained_cfg["architecture"]] if hasattr(vit, "embeds") else [])]
+
 # %% ../../nbs/2_models/22_backbone.ipynb #6e1c4d88
 class FrozenWeights(nn.Module):
     "A model that never trains, and the name of its weights."
@@ -83,7 +89,7 @@ class FrozenWeights(nn.Module):
 
     def content_hash(self)->str: # 16 hex digits
         "The name of these weights in checkpoints and caches (see `llb.models.weights.content_hash`), the same in bf16."
-        return self._hash or content_hash(self.vit.state_dict())
+        return self._hash or content_hash(self.vit.state_dict() | dict.fromkeys(_unseen(self.vit), torch.zeros(1)))
 
     def to_bfloat16(self)->"FrozenWeights":
         "Hold the weights in bf16, half the memory and nothing to cast. What no file has is rounded for good."

@@ -82,19 +82,21 @@ def _mark_information(
 def plot_training_curves(
     events,                     # one dict an epoch, or a dict of columns; see `PANELS` for the keys, and "epoch"
     num_objects:int|None=None,  # K, for the ceiling ln K
-    n:int|None=None,            # images in the selection split
+    n:int|None=None,            # images in the selection split; 0 where there is none
+    refit_from:float|None=None, # the epoch after which training began again
     axes=None                   # four Axes
 )->np.ndarray: # of Axes [4]
     """Loss terms, entropies of the assignment, accuracy of the three predictions, learning rate.
     Raises `InputError` as `as_columns` does."""
     columns = as_columns(events)
     epoch = columns.get("epoch", np.arange(1, 1 + len(next(iter(columns.values())))))
-    split = ", selection" if n is None else f", selection n = {n}"
+    split = "" if n == 0 else ", selection" if n is None else f", selection n = {n}"
     if axes is None: axes = Figure(figsize=(11.2, 2.7), layout="constrained").subplots(1, 4)
     for ax, (title, (unit, names)) in zip(axes, PANELS.items()):
         lines = {name: columns[k] for k, name in names.items() if k in columns and np.isfinite(columns[k]).any()}
         _plot_lines(ax, epoch, lines)
         if title == "object entropy": _mark_information(ax, epoch, lines, num_objects)
+        if refit_from: ax.axvline(refit_from + .5, color=INK, linewidth=1, linestyle=":", label="refit begins")
         if title in ("object entropy", "accuracy"): title += split
         decorate(ax, title, "epoch", unit, legend=len(ax.lines) > 1)
         _mark_epochs(ax, epoch)
@@ -265,6 +267,7 @@ def plot_alpha_curve(
     chosen:float,           # the alpha that was chosen
     n:int,                  # images in the selection split
     diagnostic=None,        # (accuracy [A], nll [A], n) on the reported data
+    source:str="selection split", # what `accuracy` and `nll` are of
     axes=None               # two Axes
 )->np.ndarray: # of Axes [2]: accuracy, NLL
     """Accuracy and negative log-likelihood against alpha; the choice is marked, reported data are labelled diagnostic.
@@ -275,7 +278,7 @@ def plot_alpha_curve(
         values = as_array(values, name, 1)
         if len(values) != len(alphas):
             raise InputError(f"{name} has {len(values)} values for {len(alphas)} alphas; give one each.")
-        ax.plot(alphas, values, color=BLUE, linewidth=1.8, label=f"selection split, n = {n}")
+        ax.plot(alphas, values, color=BLUE, linewidth=1.8, label=f"{source}, n = {n}")
         height = np.interp([chosen], alphas, values)
         ax.plot([chosen], height, "*", color=INK, markersize=11, label=f"chosen alpha {chosen:g}")
         if diagnostic is not None:

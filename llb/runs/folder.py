@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAUNCH', 'check_folder', 'prepare_folder', 'EventLog', 'tail_events', 'read_events', 'environment', 'describe_data',
-           'check_resumable', 'RunWriter', 'read_object', 'RunReader']
+           'refuse_other_images', 'check_resumable', 'RunWriter', 'read_object', 'RunReader']
 
 # %% ../../nbs/3_runs/36_folder.ipynb #3deb088a
 import json, os, platform, shutil, subprocess, tempfile, threading, time
@@ -18,6 +18,7 @@ from ..core.console import print_main
 from ..core.distributed import raise_everywhere, run_on_main, Runtime
 from ..core.errors import InputError
 from ..core.files import read_json, write_json
+from ..data.images import ImageList
 from ..data.splits import Data
 from ..models.heads import HeadModel
 from ..models.llb import LLB
@@ -170,6 +171,22 @@ def describe_data(data:Data)->dict: # JSON-able
     splits = {name: {"images": len(p), "fingerprint": p.fingerprint()} for name, p in vars(data).items()}
     names = {f"{name}_names": getattr(data, name).fingerprint(sizes=False) for name in ("train", "selection")}
     return {"classes": list(data.classes), "splits": splits, **names}
+
+# %% ../../nbs/3_runs/36_folder.ipynb #065ba4a2
+def refuse_other_images(
+    splits:dict,                  # name -> what `describe_data` recorded of it; {} when nothing is known
+    found:dict[str, ImageList],   # name -> its images now; names that were not recorded are not compared
+    folder:Path                   # of the run, for the sentence
+):
+    "Raise `InputError` when a split holds other files, file sizes or labels than were recorded."
+    for name, images in found.items():
+        known = splits.get(name)
+        if not known or known["fingerprint"] == images.fingerprint(): continue
+        changed = (f"there were {known['images']}, now there are {len(images)}" if known["images"] != len(images)
+                   else f"there are {len(images)} as before, but names, sizes or labels have changed")
+        raise InputError(f"The {name} images are not those of the run in {str(folder)!r}: {changed}. Bring the run's "
+                         "images back; other images can be given to build_index(), evaluate() or `llb evaluate "
+                         "--data_dir`.")
 
 # %% ../../nbs/3_runs/36_folder.ipynb #0a928b1f
 def check_resumable(
@@ -360,11 +377,12 @@ class RunReader(_RecordReader):
         return self._model
 
     def load_data(self)->Data:
-        "The three splits. Raises `InputError` when their classes are not those of the run."
+        "The three splits. Raises `InputError` when their classes or images are not those of the run."
         if self._data is None:
             data = make_data(self.config)
             if self.classes and data.classes != self.classes:
                 raise InputError(f"The run in {str(self.folder)!r} knows {len(self.classes)} classes, its data set has "
                                  f"{len(data.classes)} now, or they differ in name.")
+            refuse_other_images(self.about.get("splits", {}), vars(data), self.folder)
             self._data = data
         return self._data

@@ -8,7 +8,7 @@ __all__ = ['STAGES', 'RunState', 'RunProgress', 'Run', 'start', 'attach', 'runs'
 # %% ../../nbs/3_runs/38_processes.ipynb #9c4251ba
 import fcntl, html, re, socket, threading, time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.errors import InputError
@@ -33,16 +33,18 @@ class RunState:
 class RunProgress:
     "How far a run has come."
     step: int
-    steps: int                        # in all
-    epoch: float
+    steps: int                        # in all; where a refit is to come, at most
+    epoch: float                      # of this phase
     epochs: int
     images_per_s: float|None = None   # None until two events tell
     seconds_left: float|None = None
+    phase: str = ""                   # choice or refit, where a run has both
 
     def __str__(self):
-        known = self.seconds_left is not None
-        speed = f", {self.images_per_s:.0f} images/s, {self.seconds_left:.0f} s left" if known else ""
-        return f"epoch {self.epoch:.1f} of {self.epochs}, step {self.step} of {self.steps}{speed}"
+        known, most = self.seconds_left is not None, "at most " * (self.phase == "choice")
+        speed = f", {self.images_per_s:.0f} images/s, {most}{self.seconds_left:.0f} s left" if known else ""
+        phase = {"choice": " before the refit", "refit": " of the refit"}.get(self.phase, "")
+        return f"epoch {self.epoch:.1f} of {self.epochs}{phase}, step {self.step} of {most}{self.steps}{speed}"
 
 # %% ../../nbs/3_runs/38_processes.ipynb #3b8e1d02
 def _progress_of(
@@ -50,17 +52,20 @@ def _progress_of(
     global_batch:float=0 # images a step
 )->RunProgress|None: # None until the first step can be taken
     "How far a run has come by its events, and how long it will take at the speed of the last ones."
-    openings = [i for i, e in enumerate(events) if e["kind"] in ("start", "resume")]
+    kinds = "start", "resume", "refit"   # what opens a phase, or goes on with it
+    openings = [i for i, e in enumerate(events) if e["kind"] in kinds]
     if not openings: return None
     opening = events[openings[-1]]
-    points = [e for e in events[openings[-1]:] if e["kind"] in ("start", "resume", "step", "epoch")][-30:]
+    points = [e for e in events[openings[-1]:] if e["kind"] in (*kinds, "step", "epoch")][-30:]
     first, last = points[0], points[-1]
-    per_epoch, epochs = opening["per_epoch"], opening["epochs"]
-    steps, done = per_epoch * epochs, last["step"]
+    per_epoch, epochs, done = opening["per_epoch"], opening["epochs"], last["step"]
+    steps = opening.get("most_steps", per_epoch * epochs)
+    epoch = (done - opening.get("before", 0)) / per_epoch
+    now = RunProgress(done, steps, epoch, epochs, phase=opening.get("phase", ""))
     taken, seconds = done - first["step"], last["time"] - first["time"]
-    if taken <= 0 or seconds <= 0: return RunProgress(done, steps, done / per_epoch, epochs)
+    if taken <= 0 or seconds <= 0: return now
     rate = taken / seconds
-    return RunProgress(done, steps, done / per_epoch, epochs, rate * global_batch, (steps - done) / rate)
+    return replace(now, images_per_s=rate * global_batch, seconds_left=(steps - done) / rate)
 
 # %% ../../nbs/3_runs/38_processes.ipynb #3b8e1d04
 def _tail_text(

@@ -215,10 +215,15 @@ def _class_note(matched:str, known:int, present:int)->str:
     if present == known: return note
     return f"{note}: {present} of the model's {known}; masked: the other {known - present} cannot be predicted"
 
+def _training_note(images:int, held_out:int, refit:bool)->str:
+    if held_out: return f"; trained on {images:,} of {images + held_out:,} training images"
+    return f"; trained{' again' * refit} on all {images:,} training images"
+
 def metric_note(metrics:dict)->str:
     "What a reader must know of these numbers."
     note = f"n = {metrics['seen']['scored']} images, each seen once"
     if "alpha" in metrics: note += f"; alpha {metrics['alpha']['chosen']}"
+    if "trained_on" in metrics: note += _training_note(**metrics["trained_on"])
     if "classes" in metrics: note += _class_note(**metrics["classes"])
     if "imagenet_real" in metrics: note += f"; ReaL top-1 over {metrics['imagenet_real']['n']} images"
     return note

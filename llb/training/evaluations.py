@@ -26,7 +26,7 @@ from ..models.heads import HeadModel
 from ..models.saving import check_same, trained_with
 from ..runs.build import make_backbone, make_data, make_model, trained_classes
 from ..runs.config import Config, ModelConfig, options_of_head
-from ..runs.folder import RunReader
+from ..runs.folder import refuse_other_images, RunReader
 from .evaluate import evaluate, Evaluation
 from .finetune import BACKBONE, VisualModel
 
@@ -270,6 +270,12 @@ def evaluate_config(config:Config, runtime:Runtime)->Evaluation:
     images, about = choose_images(subject.config, d.dataset, d.data_dir, skip_unreadable=d.skip_unreadable)
     return evaluate_subject(subject, images, about, runtime, config.model.alpha, config=config)
 
+def _check_own(subject:Subject, images:ImageList, about:dict):
+    "Raise `InputError` when the images of a run's own split are not those it recorded."
+    if not (about["own"] and subject.run) or about["left_out"]: return
+    known = subject.run.about.get("splits", {})
+    run_on_main(lambda: refuse_other_images(known, {about["split"]: images}, subject.run.folder))
+
 def evaluate_runs(
     sources:list[str],           # see `open_subject`
     runtime:Runtime,
@@ -287,6 +293,7 @@ def evaluate_runs(
     for source in sources:
         subject = open_subject(source)
         chosen, about = choose_images(subject.config, **images)
+        _check_own(subject, chosen, about)
         config = _reading(subject.config, about["own"], workers, batch_size)
         with_amp = replace(runtime, amp=config.run.amp)
         found = evaluate_subject(subject, chosen, about, with_amp, alpha, name, config)
