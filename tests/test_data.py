@@ -15,6 +15,7 @@ import torch
 from conftest import draw, make_images
 from PIL import Image
 
+from llb.cli import check_data
 from llb.core.errors import InputError
 from llb.data.batches import make_loader, ImageDataset, TrainBatches
 from llb.data.images import UnreadableImage, as_rgb, decode, scan_folder
@@ -398,6 +399,17 @@ def test_every_kind_of_image_becomes_rgb(mode, tmp_path):
     images = scan_folder(folder)
     image = as_rgb(images.open(images.files.index(f"circle/09{suffix}")))
     assert image.mode == "RGB" and image.size == (30, 20)
+
+
+def test_check_data_counts_what_is_special(tmp_path, cache, capsys):
+    folder = make_images(tmp_path / "images", 6)
+    Image.new("LA", (8, 8)).save(folder / "circle/glass.png")
+    Image.new("I;16", (8, 8)).save(folder / "circle/deep.png")
+    (folder / "circle/a.txt").touch()
+    check_data(["--dataset", "ImageFolder", "--data_dir", str(folder)])
+    said = capsys.readouterr().out
+    for line in ("with transparency: 1 images", "16-bit or floating-point grey: 1 images",
+                 f"Left out in {folder}: 1 .txt."): assert line in said
 
 
 ODD = ["<script>alert(1)</script>".replace("/", "∕"), "a b", "déjà vu 猫", "it's \"quoted\"", "100%", "{x}", "--flag",

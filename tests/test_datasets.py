@@ -12,7 +12,7 @@ from timm.data import RealLabelsImagenet
 from torchvision.datasets import ImageFolder
 
 from llb.core.errors import InputError
-from llb.data.datasets import load_dataset, real_labels
+from llb.data.datasets import _from_rows, load_dataset, real_labels
 from llb.data.images import ImageList
 from llb.training.evaluate import format_table, report_metrics
 from llb.training.metrics import ALPHAS, Scores, set_accuracy
@@ -108,6 +108,15 @@ def lists(root, train_folder="data_256_standard", val_folder="val_256"):
         random.Random(1).shuffle(rows)
         (root / f"{name}.txt").write_text("".join(f"{f} {y}\n" for f, y in rows))
     return root, {train_folder + f: y for f, y in train} | {f"{val_folder}/{f}": y for f, y in val}
+
+
+@pytest.mark.parametrize("name", ["../outside.jpg", "a/../../outside.jpg", "/etc/outside.jpg", "\x1b[2J.jpg"])
+def test_a_list_cannot_lead_out_of_its_folder(name, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "outside.jpg")
+    (tmp_path / "data").mkdir()
+    with pytest.raises(InputError, match="which is outside its folder|a name with control characters") as refused:
+        _from_rows(tmp_path / "data", [(name, 0)], ("a",), "list.txt")
+    assert str(refused.value).isprintable()
 
 
 @pytest.mark.parametrize("size", ["256", "large"])
