@@ -85,7 +85,8 @@ def scoring_loader(
     batch_size:int|None=None     # images a batch; None for those of a micro-batch of the configuration
 )->DataLoader: # over `EvalBatches`; this process's fraction of the images, in order
     "Any images in batches, as a configuration reads them. Raises `InputError` for batches of none, and a full cache."
-    if batch_size is not None and batch_size < 1: raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
     config = config or Config.of(workers=0)
     runtime = runtime or Runtime(next(model.branch.parameters()).device)
     dataset = scoring_dataset(model, images, config.data, runtime)

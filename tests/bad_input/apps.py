@@ -139,7 +139,7 @@ REPORTS = {
     "not finished": (report(unfinished), "finish"),
     "no such run": (lambda s: s.llb("report /nope"), "/nope"),
     "a folder of other things": (lambda s: s.llb("report", s.images), "shapes"),
-    "no run": (lambda s: s.llb("report"), "run"),
+    "no run": (lambda s: s.llb("report"), "RUN"),
     "two words": (lambda s: s.llb("report", s.shared.run, "twice"), "twice"),
     "other images than the run's": (lambda s: s.llb("report", other_images(s)), "fingerprint|images are not those"),
     "a finished run": (report(lambda run: None), None),
