@@ -146,7 +146,7 @@ DEVICES = {
 }
 
 FLAGS = {
-    "an unknown flag": (flags("--num_object 3"), "num_object"),
+    "an unknown flag": (flags("--num_opjects 3"), "num_objects"),
     "a flag of nothing": (flags("--qwertz"), "qwertz"),
     "a word too many": (flags("banana"), "banana"),
     "a flag without value": (flags("--lr"), "lr"),
