@@ -1,6 +1,9 @@
 """One contract for every backbone, the release's method names, and what is refused."""
 import os
+import random
+import re
 import urllib.error
+from pathlib import Path
 
 import pytest
 import timm
@@ -232,3 +235,27 @@ def test_sizes(name, sizes):
         with torch.device("meta"):
             b = load_backbone(name, pretrained=False, image_size=size)
         assert b.grid == (size // b.patch_size,) * 2
+
+
+# ---- the table of docs/backbones.md ----
+
+PAGE = (Path(__file__).parent.parent / "docs/backbones.md").read_text(encoding="utf-8")
+RUNS = {name: row for name, row in re.findall(r"^\| `(\w+)` \| (\d+ x .*) \|$", PAGE, re.M) if timm.is_model(name)}
+NOT = set(re.findall(r"`(\w+)`", PAGE[PAGE.index("## What is refused"):])) & set(timm.list_models())
+
+
+def test_the_table_names_every_architecture():
+    if f"with timm {timm.__version__};" not in PAGE: pytest.skip("the table was made with another timm")
+    assert not RUNS.keys() & NOT and RUNS.keys() | NOT == set(timm.list_models())
+
+
+@pytest.mark.parametrize("module", ["vision_transformer", "eva", "naflexvit", "others"])
+def test_the_table_is_right(module):
+    """Drawn at random, anew in each run (pytest-randomly seeds it and says with what)."""
+    def belongs(name): return timm.model_entrypoint(name).__module__.endswith(f".{module}") or module == "others"
+    for name in random.sample(sorted(filter(belongs, RUNS)), 2):
+        with torch.device("meta"): b = load_backbone(name, pretrained=False)
+        row = f"{b.image_size[0]} x {b.image_size[1]} | {b.patch_size} | {b.dim} | {b.depth} | {b.num_prefix} | "
+        assert RUNS[name] == row + str(b.num_classes or "none"), name
+    for name in random.sample(sorted(NOT), 2):
+        with pytest.raises(InputError), torch.device("meta"): load_backbone(name, pretrained=False)

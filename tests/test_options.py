@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from llb.core.errors import InputError
-from llb.core.options import RANGES, in_words
+from llb.core.options import RANGES, check_option, in_words
 from llb.data.splits import load_data
 from llb.models.backbone import load_backbone
 from llb.models.heads import HeadModel, HeadOutput
@@ -30,7 +30,9 @@ WRONG_TYPES = [("cache", "no"), ("augment", "auto"), ("lr_scheduler", "cosine"),
 WRONG_VALUES = [("clip_grad", -1), ("clip_grad", 0), ("warmup_epochs", float("inf")), ("t_max", -1), ("t_max", 0),
                 ("temperature", float("inf")), ("gamma", float("inf")), ("visual_lr", float("inf")), ("num_classes", 0),
                 ("save_every", -1), ("timeout", -1), ("timeout", float("nan")), ("momentum", -1), ("lr", float("nan")),
-                ("num_layers", 1), ("alpha", 2), ("device", "tpu"), ("device", ""), ("data_dir", ""), ("name", "a\nb"),
+                ("num_layers", 1), ("alpha", 2), ("device", "tpu"), ("device", ""), ("data_dir", ""),
+                ("data_dir", "x" * 300), ("checkpoint", "a/" + "x" * 300), ("name", " "), ("auto_augment", "rand-zz"),
+                ("name", "a\nb"),
                 ("name", "x" * 300), ("save_dir", "a\0b"), ("seed", 10**20), ("cutmix", float("inf")), ("drop_path", 2)]
 WITHOUT_EFFECT = [dict(step_size=3), dict(t_max=3, lr_scheduler="none"), dict(momentum=.5), dict(mixup=.3),
                   dict(cache_views=2), dict(cache_views=2, cache=True, augment="none"), dict(save=False, save_every=1),
@@ -108,6 +110,25 @@ def test_a_wrong_value_is_refused_in_python_as_well(wrong):
     backbone = load_backbone("test_vit", pretrained=False, image_size=32, num_classes=3)
     with pytest.raises(InputError, match=f"^{next(iter(wrong))} is .*, but .*\\.$"):
         LLB(backbone, **{**dict(num_objects=8, num_layers=2, target_layer=3), **wrong})
+
+
+SOME = dict(zip(("nan", "inf", "-1", "0", "1.5"), (float("nan"), float("inf"), -1, 0, 1.5)))
+ZERO = {"drop_path", "alpha", "cache_views", "workers", "weight_decay", "momentum", "lr_min", "warmup_epochs",
+        "diversity_weight", "undecided_weight", "backbone_drop_path", "random_erasing", "mixup", "cutmix", "smoothing",
+        "save_every", "seed", "selection_fraction"}
+ABOVE_1 = {"temperature", "lr", "visual_lr", "lr_min", "weight_decay", "t_max", "step_size", "milestones",
+           "warmup_epochs", "clip_grad", "diversity_weight", "undecided_weight", "mixup", "cutmix", "timeout"}
+MAY_BE = {"nan": set(), "inf": set(), "-1": {"seed"}, "0": ZERO, "1.5": ABOVE_1}
+
+
+@pytest.mark.parametrize("some", SOME)
+def test_every_numeric_option_takes_what_it_can_use(some):
+    "Each with nan, inf, -1, 0 and 1.5; those that are not in the list are refused by name."
+    for name in RANGES:
+        value = (SOME[some],) if name == "milestones" else SOME[some]
+        try: check_option(name, value, FIELDS[name].type)
+        except InputError as e: assert str(e).startswith(f"{name} is ") and name not in MAY_BE[some], e
+        else: assert name in MAY_BE[some], name
 
 
 def test_names_are_unique_and_unknown_ones_get_hints():

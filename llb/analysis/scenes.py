@@ -125,7 +125,8 @@ def make_scenes(
     things:tuple[int, int]=(2, 4) # the fewest and the most in a scene, 1..4
 )->Scenes:
     """Scenes that depend on the seed alone; the same things at the same positions on every background.
-    Raises `InputError` for too many things."""
+    Raises `InputError` for too many things, and for no scene."""
+    if count < 1: raise InputError(f"count is {count}; it must be at least 1.")
     if not 1 <= things[0] <= things[1] <= 4: raise InputError(f"things is {things}; a scene has room for 1 to 4.")
     def random(*what)->np.random.Generator: return np.random.default_rng(seed_from(seed, *what))
     made = [compose(images, background(kind, size, random(kind, s)), random("scene", s), things) for s in range(count)]

@@ -41,7 +41,8 @@ def figure_of_usage(run:RunReader)->Figure:
 # %% ../../nbs/8_apps/84_monitor.ipynb #d477698d
 def _snapshot_epochs(folder:Path)->list[int]: # in order
     "The epochs whose assignment maps a run folder holds."
-    return sorted(int(p.stem.removeprefix("epoch-")) for p in (folder / "snapshots").glob("epoch-*.safetensors"))
+    names = [p.stem.removeprefix("epoch-") for p in (folder / "snapshots").glob("epoch-*.safetensors")]
+    return sorted(int(name) for name in names if name.isdigit())
 
 def _spread(items:list, n:int)->list:
     "At most `n` items, evenly spread, with the first and the last."

@@ -6,7 +6,7 @@
 __all__ = ['RANGES', 'fits', 'in_words', 'Range', 'require', 'check_option', 'check_arguments', 'refuse_unknown', 'check_memory']
 
 # %% ../../nbs/0_core/06_options.ipynb #6c5c526c
-import re
+import os, re
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -100,7 +100,9 @@ def check_option(
     "Raise `InputError` for a value of another type or outside its range, and for text that no name can be."
     require(fits(value, kind), name, value, f"it must be {in_words(kind)}")
     if isinstance(value, str):
-        require(value or empty, name, value, "it must name something")
+        require(value.strip() or empty, name, value, "it must name something")
+        longest = max(len(os.fsencode(part)) for part in value.split("/"))
+        require(longest <= 255, name, value, f"it is {longest} bytes long, more than a file name can be")
         require(not re.search(r"[\x00-\x1f\x7f]", value), name, value, "it must hold no control characters")
     numbers = value if isinstance(value, tuple) else (value,)
     if name in RANGES and value is not None:

@@ -181,7 +181,8 @@ def sample_images(
     count:int=12,
     seed:int=0
 )->ImageList: # `count` images or all there are
-    "Random images, one of each class before the second of any."
+    "Random images, one of each class before the second of any. Raises `InputError` for fewer than one."
+    if count < 1: raise InputError(f"count is {count}; it must be at least 1.")
     order = sorted(range(len(images)), key=lambda i: seed_from("sample", seed, images.files[i]))
     rounds, seen = {}, {}
     for i in order:

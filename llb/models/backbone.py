@@ -25,6 +25,7 @@ from torch.func import functional_call
 
 from ..core.console import print_main
 from ..core.errors import InputError
+from ..core.options import check_arguments
 from .weights import (content_hash, convert_focus, fetch, focus_file, focus_weights, layout_of,
                                 left_out, read_state_dict, StateDict, timm_reads, to_timm)
 from .zoo import FAMILIES, find_method, FOCUS_NAME, how_to_make, HUB_NAMES, hub_equivalent, Method, METHODS
@@ -123,6 +124,9 @@ class _SizedBackbone(Described, FrozenWeights):
         "Raise `InputError` for a layer the backbone does not have, or images of another size."
         if not 1 <= layer <= self.depth:
             raise InputError(f"target_layer is {layer}, but {self.name} has blocks 1 to {self.depth}.")
+        if images is not None and (images.ndim != 4 or images.shape[1] != 3):
+            raise InputError(f"Images have shape {tuple(images.shape)}; give a batch [B,3,H,W], as of "
+                             "backbone.transform() and torch.stack.")
         if images is not None and tuple(images.shape[-2:]) != self.image_size:
             raise InputError(f"Images are {images.shape[-2]} x {images.shape[-1]} pixels, but {self.name} was loaded "
                              f"for {self.image_size[0]} x {self.image_size[1]}: use backbone.transform(), "
@@ -531,6 +535,8 @@ def load_backbone(
     alpha_background:str="white"              # of transparent images; see `llb.data.images.parse_colour`
 )->Backbone:
     "Load a frozen backbone. Raises `InputError` for an unknown name, missing or wrong weights, an impossible size."
+    sides = tuple(image_size) if isinstance(image_size, list) else image_size   # JSON has no tuples
+    check_arguments(load_backbone, num_classes=num_classes or None, image_size=sides)
     stem, at, revision = name.partition("@")
     method, arch = find_method(stem), architecture(stem)
     if at and (checkpoint or not pretrained or not revision):
@@ -565,7 +571,7 @@ def _plain_options(
     if kernel.shape[-2] != patch:
         raise InputError(f"{name} has patches of {kernel.shape[-2]} x {patch} pixels, which are no squares.")
     if not side: raise InputError(f"{name} holds {positions.shape[1] - 1} patch positions, which are no square.")
-    if dim % num_heads:
+    if num_heads < 1 or dim % num_heads:
         raise InputError(f"num_heads is {num_heads}, but {name} is {dim} wide; it must be a divisor of that.")
     depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
     return dict(img_size=(side * patch, side * patch), patch_size=patch, in_chans=kernel.shape[1], embed_dim=dim,

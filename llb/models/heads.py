@@ -253,6 +253,7 @@ class _Predicting(_Reading):
         "The same as they come, for more images than fit into memory."
         alpha, images = self.alpha if alpha is None else alpha, iter(images)
         _check_alpha(alpha)
+        if batch_size < 1: raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
         while batch := list(islice(images, batch_size)):
             tensors, unreadable = self._read([image for _, image in batch])
             names = [name for name, _ in batch]
@@ -274,6 +275,8 @@ class HeadModel(_Predicting, SavedModel):
         "Raises `InputError` for a layer the backbone does not have, alpha outside 0..1, an unknown number of classes."
         super().__init__()
         check_arguments(HeadModel.__init__, num_classes=num_classes, target_layer=target_layer, alpha=alpha)
+        if not isinstance(backbone, Backbone):
+            raise InputError(f"backbone is {backbone!r}, but it must be a backbone; load_backbone(name) gives one.")
         backbone.check(target_layer)
         num_classes = num_classes or backbone.num_classes
         if not num_classes:
@@ -292,7 +295,9 @@ class HeadModel(_Predicting, SavedModel):
         return self.settings["alpha"]
 
     @alpha.setter
-    def alpha(self, value:float): self.branch.alpha = self.settings["alpha"] = value
+    def alpha(self, value:float):
+        _check_alpha(value)
+        self.branch.alpha = self.settings["alpha"] = value
 
     def _facts(self)->dict:
         trained = sum(p.numel() for p in self.branch.parameters()) / 1e6

@@ -375,6 +375,8 @@ class SavedModel(_Remade):
                    local_files_only=local_files_only, token=token)
         folder = _folder_of(str(source), **hub)
         config = _read_config(folder)
+        if not isinstance(backbone, Backbone|None):
+            raise InputError(f"backbone is {backbone!r}, but it must be a backbone; load_backbone(name) gives one.")
         model = cls._made(config, folder, source, backbone, parts)
         _fill(model.branch, folder / _WEIGHTS_FILE)
         return model.eval()

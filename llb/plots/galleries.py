@@ -60,7 +60,9 @@ def sheet(
     kind:str="jpeg",        # or "png"
     gap:int=0               # white pixels right of and below each
 )->bytes: # an encoded image; white where a row is not full
-    "Tiles as one image, row by row."
+    "Tiles as one image, row by row. Raises `InputError` without tiles or columns."
+    if not tiles or columns < 1:
+        raise InputError(f"There are {len(tiles)} tiles in {columns} columns; give one or more.")
     rows, (height, width) = -(-len(tiles) // columns), tiles[0].shape[:2]
     whole = np.full((rows * (height + gap), min(columns, len(tiles)) * (width + gap), 3), 255, np.uint8)
     for n, one in enumerate(tiles):

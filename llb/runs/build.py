@@ -179,6 +179,8 @@ def complete_config(
     visual:VisualConfig|None=None
 )->Config:
     "The configuration of training this model on these images. Raises `InputError` where it contradicts them."
+    if not isinstance(data, Data):
+        raise InputError(f"data is {data!r}; a trainer takes three splits, as load_data(folder) gives them.")
     config = config or Config()
     parts = {"optim": optim, "run": run, "visual": visual}
     config = replace(config, **{owner: part for owner, part in parts.items() if part is not None})

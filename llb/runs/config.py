@@ -225,7 +225,8 @@ class VisualConfig(ConfigPart):
     smoothing: float = 0.1                       # of the target labels
 
     def check(self):
-        self.require(lambda x: not x or x.startswith("rand-"),
+        known = re.compile(r"(rand(-[a-z]+\d+(\.\d+)?)+)?")
+        self.require(known.fullmatch,
                      "only timm's RandAugment can be had, such as rand-m9-mstd0.5-inc1, or nothing", "auto_augment")
 
 # %% ../../nbs/3_runs/31_config.ipynb #cdf4ebd7
@@ -355,8 +356,8 @@ def recipe_table()->str:
 def _run_at(path:Path)->Path:
     "The run folder that a path is or leads into. Raises `InputError` when there is none, or no resuming from there."
     path = path.resolve()
-    run = next((p for p in (path, *path.parents) if (p / "events.jsonl").is_file()), None)
-    if run is None or not path.exists():
+    run = next((p for p in (path, *path.parents) if os.path.isfile(p / "events.jsonl")), None)
+    if run is None or not os.path.exists(path):
         raise InputError(f"{str(path)!r} is neither a run folder nor a checkpoint in one; --resume continues the run "
                          "that --save_dir and --name say, or the one whose folder it is given.")
     steps = sorted((run / "checkpoints").glob("step-*"))

@@ -221,7 +221,8 @@ def _check_state(saved:dict, folder:Path, epochs:int):
     if lacking := [name for name in _STATE if name not in saved]:
         raise InputError(f"The newest checkpoint in {folder} has no {', '.join(lacking)}: another version of llb wrote "
                          "it. Resume with that one, or start again with --overwrite.")
-    if epochs < (done := len(saved["history"])):
+    done = saved["first"]["epochs"] if saved.get("first") else len(saved["history"])   # a refit comes after the first
+    if epochs < done:
         raise InputError(f"epochs is {epochs}, but the run in {folder} has {done} epochs behind it; resume it with "
                          f"--epochs {done} or more.")
 

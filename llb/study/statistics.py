@@ -20,7 +20,9 @@ def mcnemar(
     only_a:int, # images that only A has right
     only_b:int  # images that only B has right
 )->float: # two-sided p-value, 0..1; 1 when they never differ
-    "Exact test that two predictions are right equally often ([McNemar, 1947](https://doi.org/10.1007/BF02295996))."
+    """Exact test that two predictions are right equally often
+    ([McNemar, 1947](https://doi.org/10.1007/BF02295996)). Raises `InputError` for counts below 0."""
+    if min(only_a, only_b) < 0: raise InputError(f"The counts are {only_a} and {only_b}; they cannot be negative.")
     differing = only_a + only_b
     return float(binomtest(only_a, differing).pvalue) if differing else 1.
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from ..core.console import progress
 from ..core.distributed import gather_objects, raise_everywhere, Runtime
+from ..core.errors import InputError
 from ..core.files import atomic, write_json
 from ..data.datasets import real_labels
 from ..data.images import ImageList
@@ -282,6 +283,9 @@ def evaluate(
     """Score a model on every image once. Raises `InputError` for alpha outside 0..1, classes that the model does not
     know, and unreadable images; `FloatingPointError` for predictions that are not finite."""
     ModelConfig(alpha=alpha)   # refuses others
+    for name, given, kinds in ("model", model, HeadModel), ("data", data, Data|ImageList):
+        if not isinstance(given, kinds):
+            raise InputError(f"{name} is {given!r}; evaluate(model, load_data(folder)) takes a model and its data.")
     known = model.classes, model.settings["num_classes"]
     matched = match_classes(data.val if isinstance(data, Data) else data, *known)
     runtime = runtime or Runtime(next(model.branch.parameters()).device)

@@ -46,6 +46,8 @@ def _slug(name:str)->str: # good as the name of a folder
     return re.sub(r"[^\w.-]+", "_", name).strip("._") or "images"
 
 def _is_run(folder:Path)->bool:
+    "Whether a run has left it, also when its config.json is damaged."
+    if (folder / "events.jsonl").is_file(): return True
     try: return "config" in read_json(folder / "config.json")
     except (OSError, ValueError, TypeError): return False
 

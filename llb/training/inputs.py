@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from ..core.console import progress
 from ..core.distributed import gather_objects, raise_everywhere, Runtime
+from ..core.errors import InputError
 from ..data.augment import RandAugment
 from ..data.batches import EvalBatches, make_loader, TrainBatches
 from ..data.image_cache import all_images, build_images, StoredImages, ImageStore
@@ -83,7 +84,9 @@ def scoring_loader(
     runtime:Runtime|None=None,   # None for this process alone, on the model's device
     batch_size:int|None=None     # images a batch; None for those of a micro-batch of the configuration
 )->DataLoader: # over `EvalBatches`; this process's fraction of the images, in order
-    "Batches of any images as a configuration reads them. Raises `InputError` when a cache finds no room."
+    "Any images in batches, as a configuration reads them. Raises `InputError` for batches of none, and a full cache."
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
     config = config or Config.of(workers=0)
     runtime = runtime or Runtime(next(model.branch.parameters()).device)
     dataset = scoring_dataset(model, images, config.data, runtime)

@@ -198,16 +198,10 @@ FOLDERS = {
         "round",
     ),
     "Train and Val": (listed(split_into("Train", "Val"), lambda d, _: len(d.classes) == 3), None),
-    "training and test": (listed(split_into("training", "test")), "training|test"),
+    "training and test": (listed(split_into("training", "test"), lambda d, _: len(d.classes) == 3), None),
     "TRAIN and VAL": (listed(split_into("TRAIN", "VAL"), lambda d, _: len(d.classes) == 3), None),
-    "a loop of links": (
-        listed(lambda r: (r / "circle" / "loop").symlink_to(r), lambda d, _: count(d) == 18 and apart(d)),
-        None,
-    ),
-    "a class linked into another": (
-        listed(lambda r: (r / "circle" / "more").symlink_to(r / "square"), lambda d, _: apart(d)),
-        None,
-    ),
+    "a loop of links": (listed(lambda r: (r / "circle" / "loop").symlink_to(r)), "loop is a link"),
+    "a class linked into another": (listed(lambda r: (r / "circle" / "more").symlink_to(r / "square")), "is a link"),
     "a class that is a link": (
         listed(
             lambda r: (shutil.move(r / "circle", r.parent / "away"), (r / "circle").symlink_to(r.parent / "away"), r)[
@@ -217,7 +211,10 @@ FOLDERS = {
         ),
         None,
     ),
-    "a link to nothing": (listed(lambda r: (r / "circle" / "a.png").symlink_to("/nope.png")), "a.png"),
+    "a link to nothing": (
+        listed(lambda r: (r / "circle" / "a.png").symlink_to("/nope.png"), lambda d, out: "1 link to nothing" in out),
+        None,
+    ),
     "a folder called a.png": (listed(lambda r: (r / "circle" / "a.png").mkdir()), None),
     "folders in a class": (
         listed(lambda r: [shutil.copytree(r / "circle", r / "circle" / "deep")], lambda d, _: count(d) == 24),
@@ -234,7 +231,7 @@ FOLDERS = {
         r"\\xff|udcff|\?|�",
     ),
     "names with spaces and letters": (listed(lambda r: ((r / "circle").rename(r / "grüner Kreis 日"), r)[1]), None),
-    "a name with a line break": (listed(lambda r: str((r / "circle/00.png").rename(r / "circle/a\nb.png"))), None),
+    "a name with a line break": (listed(lambda r: str((r / "circle/00.png").rename(r / "circle/a\nb.png"))), r"a\\nb"),
     "index.csv without path": (listed(written("index.csv", "file,group\na,b\n")), "index.csv"),
     "index.csv of an old encoding": (
         listed(lambda r: (r / "index.csv").write_bytes(b"path,group\n\xff,a\n")),
@@ -291,11 +288,11 @@ IMAGES = {
     "a PNG called jpg": (with_file("x.jpg", png_of(40, 40)), None),
     "only a hidden image": (listed(lambda r: (only(r, "circle", 0), image().save(r / "circle/.a.png"))[1]), "circle"),
     "a companion of macOS": (with_file("._00.png", b"\0\5\x16\7", lambda d, _: count(d) == 18), None),
-    "a pipe": (listed(lambda r: os.mkfifo(r / "circle" / "a.png"), lambda d, _: count(d) == 18), None),
-    "a socket": (listed(socket_file, lambda d, _: count(d) == 18), None),
+    "a pipe": (listed(lambda r: os.mkfifo(r / "circle" / "a.png"), lambda d, out: "1 pipe" in out), None),
+    "a socket": (listed(socket_file, lambda d, out: "1 pipe or device" in out), None),
     "an image nobody may read": (with_file("x.png", image()), None),
     "a bomb": (with_file("x.png", png_of(60000, 60000)), "x.png"),
-    "a thin bomb": (with_file("x.png", png_of(1500000, 1)), "x.png"),
+    "a line of 1.5 million pixels": (with_file("x.png", png_of(1500000, 1)), None),
     "one pixel": (with_file("x.png", image(size=(1, 1))), None),
     "grey": (with_file("x.png", image("L")), None),
     "grey with alpha": (with_file("x.png", image("LA")), None),
@@ -314,14 +311,6 @@ IMAGES = {
             s.train(data_dir=s.here / "d"),
         )[2],
         "00.png",
-    ),
-    "train on a link to nothing": (
-        lambda s: (
-            classes(s.here / "d"),
-            (s.here / "d/circle/a.png").symlink_to("/nope"),
-            s.train(data_dir=s.here / "d"),
-        )[2],
-        "a.png",
     ),
     "leave unreadable images out": (
         lambda s: (

@@ -15,7 +15,7 @@ OPTIONS = {  # option: (those of VALUES that it takes, what else must be said)
     "diversity_weight": ("0 1.5", ""),
     "drop_path": ("0", ""),
     "epochs": ("", ""),
-    "gamma": ("1.5", "--lr_scheduler StepLR"),
+    "gamma": ("", "--lr_scheduler StepLR"),
     "image_size": ("", ""),
     "layer_decay": ("", "--objective visual"),
     "log_every": ("", ""),

@@ -292,7 +292,7 @@ def on_folder(make, *words):
     def act(shop):
         root = shop.here / "other"
         make(root)
-        return shop.llb("evaluate", shop.shared.run, "--dataset", "ImageFolder", "--data_dir", root, *words)
+        return shop.llb("evaluate", shop.run, "--dataset", "ImageFolder", "--data_dir", root, *words)
 
     return act
 
@@ -311,11 +311,15 @@ def eval_flags(**options):
     return lambda s: s.train("--eval", save_dir=s.shared.run.parent, **options)
 
 
+def evaluate_images(shop, names):
+    return shop.train("--eval", save_dir=shop.run.parent, data_dir=make_images(shop.here / "other", 6, names))
+
+
 EVALUATE = {
     "no such run": (lambda s: s.llb("evaluate /nope"), "/nope"),
     "no run at all": (lambda s: s.llb("evaluate"), "RUN"),
     "an empty folder": (lambda s: s.llb("evaluate", s.here), "config.json|run"),
-    "a file": (lambda s: s.llb("evaluate", s.write("x")), "run|config.json"),
+    "a file": (lambda s: s.llb("evaluate", s.write("x")), "/x"),
     "without model": (evaluated(gone("model")), "model"),
     "a cut off model": (evaluated(lambda r: cut("model.safetensors")(r / "model")), "model.safetensors"),
     "a model of NaNs": (evaluated(nan_model), "finite|NaN|nan"),
@@ -325,10 +329,7 @@ EVALUATE = {
     "config.json broken": (evaluated(put("config.json", b"{")), "config.json"),
     "an unknown split": (lambda s: s.llb("evaluate", s.shared.run, "--split", "best"), "split"),
     "another folder of the same classes": (on_folder(lambda r: make_images(r, 3)), None),
-    "a folder of other classes": (
-        on_folder(lambda r: make_images(r / "x", 3) and (r / "x").rename(r / "y") and None),
-        "class|y",
-    ),
+    "a folder of other classes": (on_folder(lambda r: (make_images(r, 3) / "circle").rename(r / "zebra")), "zebra"),
     "no such folder": (
         lambda s: s.llb("evaluate", s.shared.run, "--data_dir /nope --dataset ImageFolder".split()[1], "/nope"),
         "nope",
@@ -339,19 +340,15 @@ EVALUATE = {
     "--eval with another backbone": (eval_flags(seed=99), "backbone|content"),
     "--eval with another size": (eval_flags(image_size=48), "image_size|48"),
     "--eval of nothing": (lambda s: s.train("--eval"), "nv_weights|no trained model"),
-    "--eval on other classes": (
-        lambda s: s.train(
-            "--eval", save_dir=s.shared.run.parent, data_dir=make_images(s.here / "o", 6, ("circle", "square"))
-        ),
-        "class|data_dir",
-    ),
+    "--eval on some of the classes": (lambda s: evaluate_images(s, ("circle", "square")), None),
+    "--eval on unknown classes": (lambda s: evaluate_images(s, ("circle", "zebra")), "zebra"),
     "--eval as it was": (eval_flags(), None),
     "--eval and --overwrite": (lambda s: s.train("--eval", "--overwrite", save_dir=s.shared.run.parent), "overwrite"),
     "Python: alpha 2": (
         lambda s: str(evaluate(LLB.from_pretrained(s.shared.run / "model"), __import__("llb").load_data(s.images), 2)),
         "alpha",
     ),
-    "predict: no such run": (lambda s: s.llb("predict /nope a.png"), "/nope"),
+    "predict: no such run": (lambda s: s.llb("predict /nope", s.images / "circle/00.png"), "/nope"),
     "predict: no images": (predicted(), "IMAGES"),
     "predict: no such image": (predicted("/nope.png"), "/nope.png"),
     "predict: an empty folder": (predicted(lambda s: s.write("e/x").parent), "e"),

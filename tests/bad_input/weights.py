@@ -65,6 +65,14 @@ def config(**change):
     return spoil
 
 
+def frozen(**change):
+    def spoil(folder):
+        found = json.loads((folder / "config.json").read_text())["frozen"]
+        config(frozen={**found, **change})(folder)
+
+    return spoil
+
+
 def setting(**change):
     def spoil(folder):
         found = json.loads((folder / "config.json").read_text())["model"]
@@ -134,7 +142,7 @@ def released(content, **options):
     def act(shop):
         torch.save(content(shop), shop.here / "x.pth")
         return load_reference_checkpoint(
-            shop.here / "x.pth", **{"num_heads": 3, "target_layer": 3, "alpha": 0.5, **options}
+            shop.here / "x.pth", **{"num_heads": 4, "target_layer": 3, "alpha": 0.5, **options}
         )
 
     return act
@@ -253,18 +261,7 @@ SAVED = {
         saved(tensors(lambda t: {k: v for k, v in t.items() if k != "cls_token"})),
         "cls_token",
     ),
-    "another backbone's content": (
-        saved(
-            config(
-                frozen={
-                    "spec": {"name": "test_vit", "pretrained": False, "image_size": 32, "num_classes": 3},
-                    "source": "x",
-                    "content_hash": "0" * 16,
-                }
-            )
-        ),
-        "content",
-    ),
+    "another backbone's content": (saved(frozen(content_hash="0" * 16)), "0000"),
     "backbone= another": (other_backbone, "backbone"),
     "backbone= a name": (lambda s: LLB.from_pretrained(s.shared.run / "model", backbone="test_vit"), "backbone"),
 }
