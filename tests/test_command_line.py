@@ -148,7 +148,7 @@ def test_flags_change_a_recipe():
 
 def test_the_readme_shows_only_flags_and_commands_that_exist():
     text = (ROOT / "README.md").read_text()
-    text = re.sub(r"torchrun .*? -m|llb launch .*? -- |llb predict .*", "", text)   # flags of these
+    text = re.sub(r"torchrun .*? -m|llb launch .*? -- |llb (predict|evaluate|compare) .*", "", text)   # flags of these
     shown = {f.replace("-", "_") for f in re.findall(r"--([a-z][a-z_-]+)", text)} - {"help", "recipe"}
     assert shown and shown <= set(Config().to_dict())
     assert set(re.findall(r"(?<!from )\bllb ([a-z-]+)(?= [-A-Z]|`)", text)) <= set(COMMANDS)

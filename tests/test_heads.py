@@ -17,7 +17,7 @@ from llb.models.llb import make_branch
 from llb.models.loss import LLBLoss
 from llb.models.rivals import (AttentionPool, CONTROLS, control_name, EfficientProbe, FittedHead, head_name, HEADS,
                                make_head_model)
-from llb.runs.build import make_backbone, make_model
+from llb.runs.build import complete_config, make_backbone, make_model
 from llb.runs.config import FITTED, NEEDS, Config, ModelConfig, options_of_head, parse_command
 from llb.runs.cost import config_cost, preview
 from llb.runs.folder import RunReader
@@ -25,7 +25,7 @@ from llb.train import train
 from llb.training.evaluate import evaluate
 from llb.training.inputs import features_of, scoring_loader
 from llb.training.step import make_loss
-from llb.training.trainer import complete_config, Trainer
+from llb.training.trainer import Trainer
 
 SMALL = dict(num_objects=6, num_layers=2, target_layer=3)
 RUN = dict(backbone="test_vit", random_backbone=True, image_size=32, dataset="ImageFolder", batch_size=12, workers=0)

@@ -12,11 +12,11 @@ from llb.data.splits import load_data
 from llb.models.backbone import load_backbone
 from llb.models.heads import HeadModel, HeadOutput
 from llb.models.llb import LLB
-from llb.runs.build import make_backbone, make_model
+from llb.runs.build import complete_config, make_backbone, make_model
 from llb.runs.config import NEEDS, PARTS, Config, ModelConfig, OptimConfig, RunConfig
 from llb.runs.folder import check_resumable, describe_data, read_events
 from llb.training.evaluate import evaluate, format_table, metric_rows
-from llb.training.trainer import Trainer, complete_config
+from llb.training.trainer import Trainer
 
 SMALL = dict(backbone="test_vit", random_backbone=True, image_size=32, num_layers=3, target_layer=3, num_objects=16,
              batch_size=6)

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from llb.core.errors import InputError
-from llb.study.compare import check_study, compare, main
+from llb.cli import main
+from llb.study.compare import check_study, compare
 from llb.study.plan import read_study
 from llb.study.records import read_records
 
@@ -76,7 +77,7 @@ def test_processes_that_share_a_study_find_the_same_numbers(study_file, uninterr
 
 
 def test_records_and_tables_are_checked_against_each_other(study_file, uninterrupted, tmp_path, capsys):
-    main([str(study_file), "--check"])
+    main(["compare", str(study_file), "--check"])
     assert capsys.readouterr().out.strip() == uninterrupted.markdown().strip()
     folder = study_file.with_suffix("")
     path = next((folder / "records").rglob("seed-0.json"))
