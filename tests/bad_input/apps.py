@@ -128,8 +128,8 @@ REPORTS = {
     "events.jsonl binary": (report(put("events.jsonl", b"\xff\0")), "events.jsonl|epoch|curve"),
     "events.jsonl a folder": (report(DAMAGES["a folder"]("events.jsonl")), "events.jsonl|epoch|curve"),
     **{
-        f"predictions {how}": (report(damage("predictions.safetensors")), "predictions.safetensors")
-        for how, damage in DAMAGES.items()
+        f"predictions {how}": (report(DAMAGES[how]("predictions.safetensors")), "predictions.safetensors")
+        for how in ("gone", "cut off", "a folder")
     },
     "model gone": (report(gone("model")), "model"),
     "model cut off": (report(cut("model/model.safetensors")), "model.safetensors"),
