@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw  # noqa: E402
 
 pytest.register_assert_rewrite("browser", "running")
 from browser import chromium, lab  # noqa: E402, F401  (fixtures of the browser tests)
-from running import Command, flags, forked_training, OPTIONS, results, TINY  # noqa: E402
+from running import Command, flags, forked_training, OPTIONS, results, tiny, TINY  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 def draw(shape, rng, size=40):
@@ -122,7 +122,7 @@ def train(start):
     def make(processes=1, torchrun=(), env=(), **options):
         words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
         launcher = words if processes > 1 else []
-        return start(sys.executable, *launcher, "-m", "llb.train", *flags(**{**TINY, **options}), env=env)
+        return start(sys.executable, *launcher, "-m", "llb.train", *flags(**tiny(**options)), env=env)
     return make
 
 

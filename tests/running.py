@@ -26,6 +26,12 @@ STEPS = 21   # of such a run
 FREE = ("name", "save_dir", "resume", "overwrite", "workers", "save_every", "timeout")   # they change no result
 
 
+def tiny(**options):
+    "A small run with some options changed, without what a backbone's own training has no use for."
+    idle = ("num_objects", "num_layers", "target_layer") if options.get("objective") == "visual" else ()
+    return {name: value for name, value in (TINY | options).items() if name not in idle}
+
+
 def flags(**values):
     "Keyword arguments as words of the command line."
     words = []
@@ -135,7 +141,7 @@ def forked_training(log, processes=1, patch=None, patch_rank=None, **options):
 
     `patch`, a function and its arguments, is called first: in all of them, or in that of `patch_rank`.
     """
-    argv = flags(**{**TINY, **options})
+    argv = flags(**tiny(**options))
     return Forked(log, *[(_train, argv, patch if patch_rank in (None, rank) else None) for rank in range(processes)])
 
 

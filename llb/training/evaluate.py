@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.numpy import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..core.console import progress
@@ -283,9 +283,10 @@ def evaluate(
     """Score a model on every image once. Raises `InputError` for alpha outside 0..1, classes that the model does not
     know, and unreadable images; `FloatingPointError` for predictions that are not finite."""
     ModelConfig(alpha=alpha)   # refuses others
-    for name, given, kinds in ("model", model, HeadModel), ("data", data, Data|ImageList):
+    for name, given, kinds in ("model", model, nn.Module), ("data", data, Data|ImageList):
         if not isinstance(given, kinds):
-            raise InputError(f"{name} is {given!r}; evaluate(model, load_data(folder)) takes a model and its data.")
+            raise InputError(f"{name} is {str(given)[:100]!r}; evaluate(model, load_data(folder)) takes a model "
+                             "and its data.")
     known = model.classes, model.settings["num_classes"]
     matched = match_classes(data.val if isinstance(data, Data) else data, *known)
     runtime = runtime or Runtime(next(model.branch.parameters()).device)
