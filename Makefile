@@ -33,7 +33,7 @@ check: .venv/.ready ## the fast checks, before a commit: notebooks and package a
 test: check chromium ## everything that can be tested on a CPU
 	@$(BIN)/llb fetch
 	@$(RUN) nbdev_test --n_workers 2 --do_print --timing
-	@$(RUN) $(PYTEST) -m "slow and not browser" -rs -n 2
+	@$(RUN) $(PYTEST) -m "slow and not browser and not long" -rs -n 2
 	@$(RUN) $(PYTEST) -m browser -rs -n 2 --dist loadscope
 
 test-long: .venv/.ready ## kill, stop and starve runs at random, about ten minutes

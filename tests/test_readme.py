@@ -4,6 +4,7 @@ Python blocks run as they are, with `SMALLER` where they would ask a model hub o
 trains gets the flags of `SHORT` behind its own, and what cannot be here (several machines, ImageNet) is parsed by the
 real parser. `make` is how these tests are run, so its targets are only looked up. `nbdev_test` runs the guides' cells.
 """
+import functools
 import io
 import json
 import os
@@ -58,7 +59,8 @@ def place(tmp_path, monkeypatch, images):
     make_images(tmp_path / "photos", 8)
     (tmp_path / "photos/dog.jpg").write_bytes(next(images.rglob("*.png")).read_bytes())
     small = llb.load_backbone("test_vit", pretrained=False, num_classes=5, image_size=160)
-    monkeypatch.setattr("llb.models.backbone.load_backbone", lambda name: small)
+    fake = functools.wraps(llb.load_backbone)(lambda *given, **options: small)
+    monkeypatch.setattr("llb.models.backbone.load_backbone", fake)
     return tmp_path
 
 
@@ -122,7 +124,8 @@ def test_a_training_command_of_the_readme_trains(words, place):
 @pytest.mark.slow
 def test_other_commands_of_the_readme_run(place, capsys, monkeypatch, whole):
     "Those that are done in a second, on a run that is there. Of a pipe the first part is only what `find` would print."
-    shutil.copytree(whole / "1", place / "runs/demo")
+    for name in "demo", "photos": shutil.copytree(whole / "1", place / "runs" / name)
+    shutil.copytree(place / "photos", place / "imagenet-a", ignore=shutil.ignore_patterns("*.jpg"))
     shown = [words[words.index("|") + 1 if "|" in words else 0:] for name, words in COMMANDS_SEEN if name == "README"]
     others = [words for words in shown if words[0] == "llb" and words[1] != "train"]
     assert len(others) >= 4

@@ -128,7 +128,7 @@ def bad_folders(tmp_path_factory):
 BAD = {
     "unknown backbone": (dict(backbone="vit_bas_patch16_224"), "vit_base_patch16_224"),
     "target_layer": (dict(backbone="vit_tiny_patch16_224", target_layer=13), "13", "1 to 12"),
-    "target_layer 0": (dict(target_layer=0), "0", "1 to 6"),
+    "target_layer 0": (dict(target_layer=0), "0", "at least 1"),
     "image_size": (dict(image_size=33), "33", "32 x 32"),
     "empty folder": (dict(data_dir="empty"), "0 images"),
     "one class": (dict(data_dir="one"), "at least 2 classes"),

@@ -104,6 +104,7 @@ def test_the_commands_work_in_an_empty_folder(place):
     assert opened.split()[-1] == "Explorer"
 
 
+@pytest.mark.long
 def test_the_quickstart_works_in_an_empty_folder(place):
     cells = json.loads((ROOT / "nbs/guides/quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
