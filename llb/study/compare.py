@@ -91,6 +91,7 @@ def compare(
     study = read_study(file) if file else study
     folder = Path(folder or (file.with_suffix("") if file else Path("studies") / study.name))
     study = replace(study, arms={**study.arms, **{name: {"head": "own"} for name in arms or {}}})
+    if jobs < 1: raise InputError(f"jobs is {jobs}, but at least one process is needed.")
     if jobs > 1:
         if file is None or arms: raise InputError("Several processes need a study in a file, without arms of your own.")
         _run_jobs(file, folder, device, min(jobs, len(units_of(study))))
