@@ -195,9 +195,14 @@ def save_predictions(
 _PREDICTIONS = {"visual": "visual (the ViT's own)", "label": "label-focused", "fused": "fused, alpha {alpha:g}",
                 "alpha_0.5": "fused, alpha 0.5", "alpha_0.8": "fused, alpha 0.8"}
 
+def _shown(found:dict[str, dict], alpha:float)->list[str]:
+    "Which predictions have a row; the chosen alpha has one already where it is one of the fixed."
+    twice = f"alpha_{alpha:g}" if "fused" in found else None
+    return [key for key in _PREDICTIONS if key in found and key != twice]
+
 def _rows(found:dict[str, dict], style:str, alpha:float)->list[list]:
     "A row a prediction."
-    named = [(style.format(name.format(alpha=alpha)), found[key]) for key, name in _PREDICTIONS.items() if key in found]
+    named = [(style.format(_PREDICTIONS[key].format(alpha=alpha)), found[key]) for key in _shown(found, alpha)]
     return [[name, *(of_one[measure] for measure in ("top1", "nll", "brier", "ece"))] for name, of_one in named]
 
 def metric_rows(
@@ -206,7 +211,7 @@ def metric_rows(
     "The reported predictions with their numbers."
     alpha = metrics.get("alpha", {}).get("value", 1.0)
     rows, real = _rows(metrics, "{}", alpha), metrics.get("imagenet_real")
-    if real: rows = [[*row, real[key]] for row, key in zip(rows, filter(metrics.get, _PREDICTIONS))]
+    if real: rows = [[*row, real[key]] for row, key in zip(rows, _shown(metrics, alpha))]
     masked = _rows(metrics.get("masked", {}), "{}, masked", alpha)
     rows += [[*row, *[None] * bool(real)] for row in masked]
     return ["prediction", "top-1", "NLL", "Brier", "ECE", *(["ReaL"] if real else [])], rows
