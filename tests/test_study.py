@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from llb.core.errors import InputError
+from llb.models.llb import LLB
 from llb.cli import main
 from llb.study.compare import check_study, compare
 from llb.study.plan import read_study
@@ -104,3 +105,14 @@ def test_other_settings_under_the_same_name_are_refused_and_lose_nothing(study_f
     with pytest.raises(InputError, match="epochs 3, now 4"):
         compare(replace(study, options={**study.options, "epochs": 4}), folder)
     assert {path: path.read_bytes() for path in folder.rglob("*.json")} == before
+
+
+def test_an_arm_of_ones_own_takes_part_without_a_file(study_file, uninterrupted, tmp_path):
+    def sharp(backbone, num_classes):
+        return LLB(backbone, num_objects=4, num_layers=2, target_layer=3, temperature=.02, num_classes=num_classes)
+    study = replace(read_study(study_file), seeds=(0,), arms={"linear": {"head": "linear"}})
+    found = compare(study, tmp_path, arms={"sharp": sharp})
+    assert [r.arm for r in found.records] == ["linear", "sharp"] and not found.missing
+    assert found.records[0].images == next(r for r in uninterrupted.records if r.name == "shapes/linear/seed-0").images
+    softer = lambda backbone, num_classes: sharp(backbone, num_classes)
+    with pytest.raises(InputError, match="source"): compare(study, tmp_path, arms={"sharp": softer})

@@ -109,8 +109,9 @@ def _arm_row(results:Results, arm:str)->list:
     alone = [float(results.values(arm, "alone", m).mean()) for m in ("top1", "nll", "brier", "ece")]
     fused = [float(results.values(arm, "fused", m).mean()) for m in ("top1", "nll")]
     borders = sorted({name for r in runs for name in r.chosen["border"]})
+    alpha = "" if runs[0].chosen["alpha"] is None else mean("chosen", "alpha")   # the baseline has none
     return [arm, int(mean("cost", "parameters")), 1e3 * mean("cost", "gflops"), mean("cost", "seconds"),
-            *alone, *fused, mean("chosen", "alpha"), ", ".join(borders)]
+            *alone, *fused, alpha, ", ".join(borders)]
 
 def arm_rows(results:Results)->list[list]: # under `HEADER`; means over seeds
     "A row for each arm: what it costs, how good it is alone and fused with the baseline, what was chosen."

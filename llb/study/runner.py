@@ -140,13 +140,13 @@ def score_against(
     return score_batch(baseline, arm, torch.arange(len(split)), split.labels, ALPHAS)
 
 # %% ../../nbs/7_study/74_runner.ipynb #b32bb844
-def _predictions(splits:dict[str, Split], baseline:dict|None, logits:dict[str, Tensor])->tuple[dict, dict, float]:
-    "Metrics and packed images of the reported split, and the alpha that the selection split chose."
+def _predictions(splits:dict[str, Split], baseline:dict|None, logits:dict[str, Tensor])->tuple[dict, dict, float|None]:
+    "Metrics and packed images of the reported split, and the chosen alpha; None for the baseline."
     def scores_of(split): return score_against((baseline or logits)[split], logits[split], splits[split])
-    alpha = choose_alpha(scores_of("selection")) if baseline else 0.0   # the baseline is fused with nothing
+    alpha = choose_alpha(scores_of("selection")) if baseline else None   # the baseline is fused with nothing
     scores = scores_of("val")
     metrics, images = {}, {}
-    for name, weight in ("alone", 0.0), ("fused", alpha):
+    for name, weight in ("alone", 0.0), ("fused", alpha or 0.0):
         column, metrics[name] = scores.column(weight), measure(scores, weight)
         own = np.maximum(scores.label_probability[:, column], np.finfo(np.float32).tiny)
         images[name] = pack(scores.top1[:, column] == scores.label, -np.log(own))
